@@ -1,0 +1,985 @@
+"""Rows are filled here, block by block: the only module that computes.
+
+A row's expression becomes a short program: its loads and ops in order, each value dropped after its last use. A row is cut into
+segments of `SEGMENT` elements, and a segment into blocks that fit the processor's cache; threads share nothing but the queue of
+segments. A measure is a round of segments before those that write. All cuts are constants or follow from the shape, and partial
+results are merged in order, so threads, memory and timing change no bit of the output; the budget chooses only how much is in flight.
+
+Files are mapped read-only. A segment's pages are populated by one call before they are touched, so that a file that fails or shrinks
+is an error with a name and not a dead process; `pread` closes what is left of that race, and is taken for file systems where it matters.
+A segment is a whole number of 4 MiB pieces in every dtype, so one thread hashes a piece from its first byte to its last.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import errno
+import mmap
+import os
+import threading
+import time
+import warnings
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, Protocol
+
+from blake3 import blake3
+
+from mergeflow.checkpoint import StoredTensor
+from mergeflow.digests import PIECE, tensor_digest
+from mergeflow.dtypes import BY_NAME, DType, torch_dtype
+from mergeflow.errors import InputError, Interrupted, MachineError, MergeflowError, NumericError, Problems, RecipeError
+from mergeflow.graph import Apply, Expression, Load, Measure, Plan
+from mergeflow.ops.base import LEAF, Block, Op, Reduction
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+SEGMENT = 4 * 2**20
+"""Elements that one thread makes at a time: at least one piece of 4 MiB in every dtype."""
+LARGEST_BLOCK = 4 * LEAF
+"""Elements computed at once: 1 MiB in float32."""
+TEMPORARIES = 8
+"""Blocks that an op may hold beyond its inputs, for the estimate of memory."""
+AHEAD = 64 * 2**20
+"""Bytes that the kernel is asked to read before they are needed."""
+SMALL = LEAF
+"""Rows of at most this many elements are made many at a time, since the queue would cost more than they do."""
+
+Reading = Literal["auto", "mmap", "pread"]
+
+
+class Sink(Protocol):
+    """Where rows go; a row is known by its index in the plan. Thread safe."""
+
+    def memory(self, row: int, start: int, stop: int) -> list[memoryview]:
+        """Writable memory, in order, for bytes [start, stop) of a row."""
+
+    def filled(self, row: int, start: int, stop: int) -> None:
+        """These bytes are final."""
+
+    def row_done(self, row: int, digest: str, inputs: Mapping[str, str]) -> None:
+        """All bytes of the row are filled; `inputs` are digests of tensors that were read for it, by `model/name`."""
+
+
+@dataclass(slots=True)
+class Report:
+    """What a run did: bytes read from inputs and made, and seconds of all threads by what they were spent on."""
+
+    bytes_in: int = 0
+    bytes_out: int = 0
+    seconds: dict[str, float] = field(default_factory=lambda: {"hash": 0.0, "check": 0.0})
+
+    def add(self, other: Report) -> None:
+        self.bytes_in += other.bytes_in
+        self.bytes_out += other.bytes_out
+        for key, value in other.seconds.items():
+            self.seconds[key] = self.seconds.get(key, 0.0) + value
+
+
+@dataclass(frozen=True, slots=True)
+class _Step:
+    """One value of a program: what makes it, where its inputs are, and which values are not needed after it."""
+
+    expression: Expression
+    inputs: tuple[int, ...]
+    drops: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class _Program:
+    """The values of some expressions, in an order that makes each after its inputs."""
+
+    steps: tuple[_Step, ...]
+    results: tuple[int, ...]
+    live: int
+    """The greatest number of values that are held at once."""
+
+    @property
+    def loads(self) -> Iterator[Load]:
+        for step in self.steps:
+            if isinstance(step.expression, Load):
+                yield step.expression
+
+    @property
+    def ops(self) -> Iterator[Op]:
+        for step in self.steps:
+            if isinstance(step.expression, Apply):
+                yield step.expression.op
+
+
+def _program(results: Sequence[Expression]) -> _Program:
+    order: list[Expression] = []
+    index: dict[int, int] = {}
+
+    def visit(expression: Expression) -> None:
+        if id(expression) in index:
+            return
+        if isinstance(expression, Apply):
+            for one in expression.inputs:
+                visit(one)
+        index[id(expression)] = len(order)
+        order.append(expression)
+
+    for expression in results:
+        visit(expression)
+    last: dict[int, int] = {}
+    for position, expression in enumerate(order):
+        for one in expression.inputs if isinstance(expression, Apply) else ():
+            last[index[id(one)]] = position
+    kept = tuple(index[id(expression)] for expression in results)
+    drops: dict[int, list[int]] = {}
+    for value, position in last.items():
+        if value not in kept:
+            drops.setdefault(position, []).append(value)
+    steps, live, most = [], 0, 0
+    for position, expression in enumerate(order):
+        inputs = tuple(index[id(one)] for one in expression.inputs) if isinstance(expression, Apply) else ()
+        dropped = tuple(drops.get(position, ()))
+        live += 1
+        most = max(most, live)
+        live -= len(dropped)
+        steps.append(_Step(expression, inputs, dropped))
+    return _Program(tuple(steps), kept, most)
+
+
+class _Files:
+    """The input files, opened once each, as flat tensors of any range; stored bytes, never written to."""
+
+    def __init__(self, paths: Mapping[tuple[str, str], Path], reading: Reading) -> None:
+        self.open: dict[Path, _File] = {}
+        self.of: dict[tuple[str, str], _File] = {}
+        try:
+            for key, path in paths.items():
+                if path not in self.open:
+                    self.open[path] = _File(path, reading)
+                self.of[key] = self.open[path]
+        except BaseException:
+            self.close()
+            raise
+
+    def close(self) -> None:
+        for file in self.open.values():
+            file.close()
+
+    def check_unchanged(self) -> None:
+        """Raise InputError if a file is not what it was when it was opened."""
+        for file in self.open.values():
+            file.check_unchanged()
+
+    def read(self, load: Load, start: int, stop: int) -> Tensor:
+        """Elements [start, stop) of a stored tensor, flat, in its dtype."""
+        return self.of[load.model, load.tensor.file].read(load.tensor, start, stop)
+
+    def prepare(self, load: Load, start: int, stop: int) -> None:
+        self.of[load.model, load.tensor.file].prepare(*_span(load.tensor, start, stop))
+
+    def ahead(self, load: Load) -> None:
+        self.of[load.model, load.tensor.file].ahead(load.tensor.begin, load.tensor.end)
+
+    def behind(self, load: Load, start: int, stop: int) -> None:
+        self.of[load.model, load.tensor.file].behind(*_span(load.tensor, start, stop))
+
+
+def _span(tensor: StoredTensor, start: int, stop: int) -> tuple[int, int]:
+    return tensor.begin + start * tensor.dtype.size, tensor.begin + stop * tensor.dtype.size
+
+
+_libc = ctypes.CDLL(None, use_errno=True)
+_POPULATE_READ = 22
+_EHWPOISON = 133
+# File systems on which a page can fail or vanish under a mapping: NFS, SMB, CIFS, FUSE, 9p, AFS, Ceph, vfat, exFAT.
+_READ_BY_CALL = {
+    0x6969,
+    0x517B,
+    0xFF534D42,
+    0xFE534D42,
+    0x65735546,
+    0x01021997,
+    0x5346414F,
+    0x00C36400,
+    0x4D44,
+    0x2011BAB0,
+}
+
+
+def _file_system(path: Path) -> int:
+    """The magic number of the file system that holds a file; 0 where it cannot be told."""
+    buffer = (ctypes.c_long * 64)()
+    return int(buffer[0]) & 0xFFFFFFFF if _libc.statfs(os.fsencode(path), ctypes.byref(buffer)) == 0 else 0
+
+
+class _File:
+    """One file, mapped or read by call."""
+
+    def __init__(self, path: Path, reading: Reading) -> None:
+        import torch
+
+        self.path = path
+        try:
+            self.descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        except OSError as error:
+            raise InputError(f"cannot open the file: {error.strerror}", where=str(path)) from None
+        self.stamp = _stamp(os.fstat(self.descriptor))
+        self.map: mmap.mmap | None = None
+        self.bytes: Tensor | None = None
+        if reading == "mmap" or (reading == "auto" and _file_system(path) not in _READ_BY_CALL):
+            self.map = mmap.mmap(self.descriptor, 0, prot=mmap.PROT_READ)
+            with warnings.catch_warnings():
+                # torch warns that writes to a read-only buffer are undefined; there are none.
+                warnings.simplefilter("ignore", UserWarning)
+                self.bytes = torch.frombuffer(self.map, dtype=torch.uint8)
+            self.address = self.bytes.data_ptr()
+
+    def close(self) -> None:
+        self.bytes = None
+        if self.map is not None:
+            # A tensor that still looks into the map (in a traceback, say) keeps it open until it goes.
+            with contextlib.suppress(BufferError):
+                self.map.close()
+        os.close(self.descriptor)
+
+    def check_unchanged(self) -> None:
+        try:
+            same = _stamp(os.fstat(self.descriptor)) == _stamp(os.stat(self.path)) == self.stamp
+        except OSError:
+            same = False
+        if not same:
+            raise InputError(
+                "the file changed while it was read", where=str(self.path), fix="Run again when nothing writes to it."
+            )
+
+    def read(self, tensor: StoredTensor, start: int, stop: int) -> Tensor:
+        import torch
+
+        first, end = _span(tensor, start, stop)
+        if self.bytes is not None:
+            raw = self.bytes[first:end]
+            if self.address + first & tensor.dtype.size - 1 or first & tensor.dtype.size - 1:
+                raw = raw.clone()
+        else:
+            raw = torch.empty(end - first, dtype=torch.uint8)
+            self._pread(_bytes(raw), first)
+        return raw.view(torch_dtype(tensor.dtype))
+
+    def _pread(self, into: memoryview, offset: int) -> None:
+        while into:
+            try:
+                got = os.preadv(self.descriptor, [into], offset)
+            except OSError as error:
+                raise InputError(f"reading failed at byte {offset}: {error.strerror}", where=str(self.path)) from None
+            if got == 0:
+                raise InputError(
+                    f"the file ends at byte {offset} while it is read",
+                    where=str(self.path),
+                    fix="Fetch or write it again.",
+                )
+            into, offset = into[got:], offset + got
+
+    def prepare(self, start: int, stop: int) -> None:
+        """Bring pages in and map them, so that a failing disk is an error here and not a signal later."""
+        if self.map is None or stop <= start:
+            return
+        if os.fstat(self.descriptor).st_size < stop:
+            raise InputError(
+                "the file became shorter while it is read", where=str(self.path), fix="Fetch or write it again."
+            )
+        if self._advise(_POPULATE_READ, start, stop) and ctypes.get_errno() in (errno.EFAULT, _EHWPOISON):
+            raise InputError(
+                f"the disk cannot read bytes {start} to {stop}",
+                where=str(self.path),
+                fix="Fetch or copy the file again.",
+            )
+
+    def ahead(self, start: int, stop: int) -> None:
+        with contextlib.suppress(OSError):
+            os.posix_fadvise(self.descriptor, start, stop - start, os.POSIX_FADV_WILLNEED)
+
+    def behind(self, start: int, stop: int) -> None:
+        if self.map is not None and stop > start:
+            self._advise(mmap.MADV_DONTNEED, start, stop)
+        with contextlib.suppress(OSError):
+            os.posix_fadvise(self.descriptor, start, stop - start, os.POSIX_FADV_DONTNEED)
+
+    def _advise(self, advice: int, start: int, stop: int) -> int:
+        # Through libc, since the mmap module holds the interpreter's lock while the disk works.
+        start -= start % mmap.PAGESIZE
+        return int(_libc.madvise(ctypes.c_void_p(self.address + start), ctypes.c_size_t(stop - start), advice))
+
+
+def _stamp(status: os.stat_result) -> tuple[int, int, int, int]:
+    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
+
+
+class _Cpu:
+    """Blocks are computed where they are read."""
+
+    block = LARGEST_BLOCK
+
+    def loaded(self, raw: Tensor, compute: torch.dtype | None) -> Tensor:
+        return raw if compute is None else raw.to(compute)
+
+    def stored(self, result: Tensor, into: Sequence[Tensor]) -> None:
+        start = 0
+        for piece in into:
+            piece.copy_(result[start : start + piece.numel()])
+            start += piece.numel()
+
+    def entered(self) -> contextlib.AbstractContextManager[Any]:
+        return contextlib.nullcontext()
+
+
+class _Staged(_Cpu):
+    """Blocks go to a device and come back through pinned buffers, each thread on a stream of its own.
+
+    Conversion happens on the device, so that only stored bytes cross the bus. On a device without streams (the CPU, in tests)
+    the same path runs without pinning.
+    """
+
+    block = SEGMENT
+
+    def __init__(self, device: str) -> None:
+        import torch
+
+        self.device = torch.device(device)
+        self.cuda = self.device.type == "cuda"
+        self.local = threading.local()
+
+    def entered(self) -> contextlib.AbstractContextManager[Any]:
+        import torch
+
+        if not self.cuda:
+            return contextlib.nullcontext()
+        context: contextlib.AbstractContextManager[Any] = torch.cuda.stream(
+            torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]
+        )
+        return context
+
+    def _buffer(self, slot: str, like: Tensor) -> Tensor:
+        """A pinned buffer of this thread, made once for each use and grown when needed."""
+        import torch
+
+        size = like.numel() * like.element_size()
+        buffer: Tensor | None = getattr(self.local, slot, None)
+        if buffer is None or buffer.numel() < size:
+            buffer = torch.empty(size, dtype=torch.uint8, pin_memory=self.cuda)
+            setattr(self.local, slot, buffer)
+        return buffer[:size].view(like.dtype)
+
+    def _wait(self) -> None:
+        import torch
+
+        if self.cuda:
+            torch.cuda.current_stream(self.device).synchronize()
+
+    def loaded(self, raw: Tensor, compute: torch.dtype | None) -> Tensor:
+        staged = self._buffer("up", raw)
+        self._wait()
+        staged.copy_(raw)
+        there = staged.to(self.device, non_blocking=True)
+        if there is staged:
+            there = staged.clone()
+        return there if compute is None else there.to(compute)
+
+    def stored(self, result: Tensor, into: Sequence[Tensor]) -> None:
+        rounded = result.to(into[0].dtype)
+        staged = self._buffer("down", rounded)
+        staged.copy_(rounded, non_blocking=True)
+        self._wait()
+        super().stored(staged, into)
+
+
+class _Hashes:
+    """BLAKE3 of consecutive 4 MiB pieces of one stretch of bytes that starts at a piece."""
+
+    __slots__ = ("current", "filled", "pieces")
+
+    def __init__(self) -> None:
+        self.pieces: list[bytes] = []
+        self.current = blake3()
+        self.filled = 0
+
+    def update(self, data: memoryview) -> None:
+        while data:
+            part = data[: PIECE - self.filled]
+            self.current.update(part)
+            self.filled += len(part)
+            data = data[len(part) :]
+            if self.filled == PIECE:
+                self.finish()
+
+    def finish(self) -> list[bytes]:
+        if self.filled:
+            self.pieces.append(self.current.digest())
+            self.current, self.filled = blake3(), 0
+        return self.pieces
+
+
+def _bytes(tensor: Tensor) -> memoryview:
+    import torch
+
+    found: Any = tensor.view(torch.uint8).numpy()
+    return memoryview(found)
+
+
+class _Run:
+    """A row or a shared measure on its way: the measures it needs, round by round, then the segments that write it."""
+
+    def __init__(self, engine: _Engine, row: int | None, shared: Measure | None = None) -> None:
+        self.engine, self.row = engine, row
+        self.measured: dict[int, tuple[Any, ...]] = {}
+        self.measures: list[Measure] = []
+        self.program: _Program | None = None
+        if shared is not None:
+            self.measures = [shared]
+        elif row is not None:
+            self.program = _program([engine.plan.rows[row].expression])
+            for step in self.program.steps:
+                found = step.expression.measure if isinstance(step.expression, Apply) else None
+                if found is not None and id(found) not in engine.measured:
+                    self.measures.append(found)
+        self.reduction: Reduction | None = None
+        self.parts: list[Any] = []
+        self.left = 0
+        self.pieces: dict[tuple[int, int], list[bytes]] = {}
+        self.writing = False
+
+    def known(self, measure: Measure | None) -> tuple[Any, ...]:
+        if measure is None:
+            return ()
+        return self.engine.measured.get(id(measure)) or self.measured.get(id(measure), ())
+
+    def next_tasks(self) -> list[tuple[_Run, int]]:
+        """Finish the round that is done and lay out the next; no tasks when the run is over."""
+        while self.measures:
+            measure = self.measures[0]
+            known = self.known(measure)
+            if self.reduction is not None:
+                known = (*known, self.reduction.finish(self.reduction.merge(self.parts)))
+                self.measured[id(measure)] = known
+            self.reduction = measure.op.reduction(known)
+            if self.reduction is not None:
+                self.programs = [_program(inputs) for inputs in measure.over]
+                self.spans = [
+                    (index, start, stop)
+                    for index, inputs in enumerate(measure.over)
+                    for start, stop in self._segments(_elements(inputs), self.programs[index])
+                ]
+                self.parts = [None] * len(self.spans)
+                self.left = len(self.spans)
+                return [(self, index) for index in range(len(self.spans))]
+            self.measured.setdefault(id(measure), known)
+            if self.row is None:
+                self.engine.measured[id(measure)] = self.measured[id(measure)]
+            self.measures.pop(0)
+        if self.row is None or self.writing:
+            return []
+        self.writing = True
+        self.reduction = None
+        if self.program is None:
+            raise AssertionError("a row has a program")
+        self.spans = [(0, a, b) for a, b in self._segments(self.engine.plan.rows[self.row].elements, self.program)]
+        self.left = len(self.spans)
+        return [(self, index) for index in range(len(self.spans))]
+
+    @staticmethod
+    def _segments(elements: int, program: _Program) -> list[tuple[int, int]]:
+        """A whole tensor where an op needs it whole; at least one segment, so that an empty tensor is looked at too."""
+        step = max(elements, 1) if any(op.cut == "tensor" for op in program.ops) else SEGMENT
+        return [(start, min(start + step, elements)) for start in range(0, max(elements, 1), step)]
+
+
+def _elements(inputs: Sequence[Expression]) -> int:
+    """Elements of the tensor that expressions make: all tensors below an expression have one shape."""
+    expression = inputs[0]
+    while isinstance(expression, Apply):
+        expression = expression.inputs[0]
+    return expression.tensor.elements
+
+
+def _shape(expression: Expression) -> tuple[int, ...]:
+    while isinstance(expression, Apply):
+        expression = expression.inputs[0]
+    return expression.tensor.shape
+
+
+def threads_for(threads: int | None) -> int:
+    """Worker threads: as asked, else the processors that this process may use."""
+    return threads or len(os.sched_getaffinity(0))
+
+
+def block_of(program_live: int, compute_size: int, memory: int, threads: int, largest: int = LARGEST_BLOCK) -> int:
+    """Elements of a block: the largest power of two of leaves whose values fit a thread's share of memory, at least one leaf."""
+    block = largest
+    share = memory / 2 / threads
+    while block > LEAF and (program_live + TEMPORARIES) * block * compute_size > share:
+        block //= 2
+    return block
+
+
+def peak_memory(plan: Plan, memory: int, threads: int) -> int:
+    """Bytes beyond an idle process that computing needs at most: the blocks of all threads, at the most demanding row."""
+    worst = 0
+    for row in plan.rows:
+        program = _program([row.expression])
+        if any(op.cut == "tensor" for op in program.ops):
+            block = row.elements
+        else:
+            block = min(row.elements, block_of(program.live, row.compute.size, memory, threads))
+        worst = max(worst, (program.live + TEMPORARIES) * block * row.compute.size)
+    return worst * threads
+
+
+class _Engine:
+    """One execution of a plan."""
+
+    def __init__(
+        self,
+        plan: Plan,
+        files: _Files,
+        sink: Sink,
+        *,
+        device: _Cpu,
+        threads: int,
+        memory: int,
+        stop: threading.Event,
+        progress: Callable[[int, int], None],
+        drop_behind: bool,
+    ) -> None:
+        self.plan, self.files, self.sink, self.device = plan, files, sink, device
+        self.threads, self.memory, self.stop, self.progress = threads, memory, stop, progress
+        self.drop_behind = drop_behind
+        self.measured: dict[int, tuple[Any, ...]] = {}
+        self.lock = threading.Condition()
+        self.ready: deque[tuple[_Run, int]] = deque()
+        self.fresh: Iterator[list[_Run]] = iter(())
+        self.running = 0
+        self.errors: list[BaseException] = []
+        self.numeric: list[NumericError] = []
+        self.report = Report()
+        self.owned: dict[int, list[Load]] = {}
+
+    def run(self, rows: Sequence[int]) -> Report:
+        seen: set[int] = set()
+        shared: dict[int, Measure] = {}
+        for index in rows:
+            mine: list[Load] = []
+            for step in _program([self.plan.rows[index].expression]).steps:
+                expression = step.expression
+                if isinstance(expression, Load):
+                    if id(expression) not in seen:
+                        seen.add(id(expression))
+                        mine.append(expression)
+                elif expression.measure is not None and len(expression.measure.over) > 1:
+                    shared[id(expression.measure)] = expression.measure
+            self.owned[index] = mine
+        self._work([_Run(self, None, measure)] for measure in shared.values())
+        self._work(self._batches(rows))
+        if self.numeric:
+            raise self.numeric[0] if len(self.numeric) == 1 else Problems(self.numeric)
+        return self.report
+
+    def _batches(self, rows: Sequence[int]) -> Iterator[list[_Run]]:
+        """Rows as they are started: one at a time, small ones together, with the kernel reading ahead of them."""
+        ahead, asked = 0, deque[int]()
+        position = 0
+        batch: list[_Run] = []
+        size = 0
+        for place, index in enumerate(rows):
+            while position < len(rows) and (position <= place or ahead < AHEAD):
+                amount = 0
+                for load in self.owned[rows[position]]:
+                    self.files.ahead(load)
+                    amount += load.tensor.nbytes
+                asked.append(amount)
+                ahead += amount
+                position += 1
+            ahead -= asked.popleft()
+            run = _Run(self, index)
+            elements = self.plan.rows[index].elements
+            if elements > SMALL:
+                if batch:
+                    yield batch
+                    batch, size = [], 0
+                yield [run]
+                continue
+            batch.append(run)
+            size += elements + 1024
+            if size > SEGMENT // 4:
+                yield batch
+                batch, size = [], 0
+        if batch:
+            yield batch
+
+    def _work(self, batches: Any) -> None:
+        import torch
+
+        self.fresh = iter(batches)
+        before = torch.get_num_threads()
+        # Reductions and matrix products change with the number of threads inside an op; blocks are the parallelism here.
+        torch.set_num_threads(1)
+        workers = [threading.Thread(target=self._worker, name=f"mergeflow-{i}") for i in range(self.threads)]
+        try:
+            for worker in workers:
+                worker.start()
+            for worker in workers:
+                # With a timeout, so that signals are handled while the workers work.
+                while worker.is_alive():
+                    worker.join(0.2)
+        except BaseException:
+            self.stop.set()
+            raise
+        finally:
+            for worker in workers:
+                if worker.ident is not None:
+                    worker.join()
+            torch.set_num_threads(before)
+        if self.errors:
+            raise self.errors[0]
+        if self.stop.is_set():
+            raise Interrupted("stopped")
+
+    def _worker(self) -> None:
+        import torch
+
+        torch.set_num_threads(1)
+        report = Report()
+        try:
+            with self.device.entered(), torch.inference_mode():
+                while (tasks := self._take()) is not None:
+                    for run, index in tasks:
+                        while True:
+                            self._segment(run, index, report)
+                            following = self._after(run, len(tasks) > 1)
+                            if following is None:
+                                break
+                            run, index = following
+        except BaseException as error:  # the main thread raises it again
+            with self.lock:
+                self.errors.append(error)
+                self.stop.set()
+                self.lock.notify_all()
+        finally:
+            with self.lock:
+                self.report.add(report)
+
+    def _take(self) -> list[tuple[_Run, int]] | None:
+        """The next segment, or the next batch of small rows (each of one segment); None when all is done."""
+        with self.lock:
+            while not self.stop.is_set():
+                if self.ready:
+                    return [self.ready.popleft()]
+                batch = next(self.fresh, None)
+                if batch is not None:
+                    self.running += len(batch)
+                    tasks = [task for run in batch for task in run.next_tasks()]
+                    if len(batch) > 1:
+                        return tasks
+                    self.ready.extend(tasks)
+                    if len(tasks) > 1:
+                        self.lock.notify_all()
+                    continue
+                if self.running == 0:
+                    self.lock.notify_all()
+                    return None
+                self.lock.wait()
+            return None
+
+    def _after(self, run: _Run, alone: bool) -> tuple[_Run, int] | None:
+        """A segment is done: lay out the run's next round when it was the last. `alone`: this thread takes the round itself."""
+        with self.lock:
+            run.left -= 1
+            if run.left:
+                return None
+        tasks = run.next_tasks()
+        if alone and len(tasks) == 1:
+            return tasks[0]
+        with self.lock:
+            if tasks:
+                self.ready.extendleft(reversed(tasks))
+            else:
+                self.running -= 1
+            self.lock.notify_all()
+        return None
+
+    # Segments
+
+    def _segment(self, run: _Run, index: int, report: Report) -> None:
+        try:
+            if run.writing:
+                self._write(run, index, report)
+            else:
+                self._measure(run, index, report)
+        except MergeflowError as error:
+            if run.row is not None and not isinstance(error, Interrupted | MachineError):
+                row = self.plan.rows[run.row]
+                raise error.placed(f"{row.node}: {row.name}") from None
+            raise
+
+    def _blocks(self, program: _Program, start: int, stop: int, compute: DType) -> Iterator[tuple[int, int]]:
+        whole = any(op.cut == "tensor" for op in program.ops)
+        block = (
+            max(stop - start, 1)
+            if whole
+            else block_of(program.live, compute.size, self.memory, self.threads, self.device.block)
+        )
+        for first in range(start, max(stop, start + 1), block):
+            if self.stop.is_set():
+                raise Interrupted("stopped")
+            yield first, min(first + block, stop)
+
+    def _measure(self, run: _Run, index: int, report: Report) -> None:
+        which, start, stop = run.spans[index]
+        program, reduction = run.programs[which], run.reduction
+        if reduction is None:
+            raise AssertionError("a measuring run has a reduction")
+        compute = _compute_dtype(program)
+        parts = []
+        self._prepare(program, start, stop)
+        for first, end in self._blocks(program, start, stop, compute):
+            values = self._values(run, program, first, end, compute, None)
+            parts.append(reduction.block([values[result] for result in program.results]))
+            report.bytes_in += _stored_bytes(program, end - first)
+            self.progress(_stored_bytes(program, end - first), 0)
+        run.parts[index] = parts[0] if len(parts) == 1 else reduction.merge(parts)
+
+    def _prepare(self, program: _Program, start: int, stop: int) -> None:
+        for load in program.loads:
+            self.files.prepare(load, start, stop)
+
+    def _values(
+        self, run: _Run, program: _Program, start: int, stop: int, compute: DType, raw: dict[int, Tensor] | None
+    ) -> dict[int, Tensor]:
+        """The results of a program on a block; `raw`, if given, receives what was read."""
+        values: dict[int, Tensor] = {}
+        exact = _exact(program)
+        dtype = None if exact else torch_dtype(compute)
+        for position, step in enumerate(program.steps):
+            expression = step.expression
+            if isinstance(expression, Load):
+                stored = self.files.read(expression, start, stop)
+                if raw is not None:
+                    raw[position] = stored
+                # A program without ops gives its tensor as it is stored.
+                values[position] = self.device.loaded(stored, None if len(program.steps) == 1 else dtype)
+            else:
+                inputs = [values[one] for one in step.inputs]
+                if expression.op.cut == "tensor":
+                    shape = _shape(expression)
+                    inputs = [one.reshape(shape) for one in inputs]
+                made = expression.op.compute(inputs, Block(start, run.known(expression.measure)))
+                # What an op rounds (cast) goes on in the compute dtype, unless it is the result.
+                if dtype is not None and made.dtype != dtype and position not in program.results:
+                    made = made.to(dtype)
+                values[position] = made.reshape(-1) if expression.op.cut == "tensor" else made
+            for one in step.drops:
+                del values[one]
+        return values
+
+    def _write(self, run: _Run, index: int, report: Report) -> None:
+        import torch
+
+        if run.row is None or run.program is None:
+            raise AssertionError("only rows are written")
+        row, program = self.plan.rows[run.row], run.program
+        _, start, stop = run.spans[index]
+        size, out = row.dtype.size, torch_dtype(row.dtype)
+        owned = {id(load) for load in self.owned[run.row]}
+        hashed = {p: _Hashes() for p, s in enumerate(program.steps) if id(s.expression) in owned}
+        digests = _Hashes()
+        look_at_inputs = row.check_finite and not all(op.shows_non_finite for op in program.ops)
+        memory = self.sink.memory(run.row, start * size, stop * size) if stop > start else []
+        pieces = [torch.frombuffer(piece, dtype=out) for piece in memory]
+        self._prepare(program, start, stop)
+        for first, end in self._blocks(program, start, stop, row.compute):
+            raw: dict[int, Tensor] = {}
+            result = self._values(run, program, first, end, row.compute, raw)[program.results[0]]
+            if end == first:
+                continue
+            clock = time.perf_counter()
+            if row.check_finite and (
+                not _finite(result, row.dtype)
+                or (look_at_inputs and not all(_finite(one, None) for one in raw.values()))
+            ):
+                self._not_finite(run.row, program)
+                return
+            report.seconds["check"] += time.perf_counter() - clock
+            into = _slices(pieces, first - start, end - start)
+            self.device.stored(result, into)
+            clock = time.perf_counter()
+            for position, hashes in hashed.items():
+                hashes.update(_bytes(raw[position]))
+            for piece in into:
+                digests.update(_bytes(piece))
+            report.seconds["hash"] += time.perf_counter() - clock
+            bytes_in, bytes_out = _stored_bytes(program, end - first), (end - first) * size
+            report.bytes_in += bytes_in
+            report.bytes_out += bytes_out
+            self.progress(bytes_in, bytes_out)
+        if stop > start:
+            self.sink.filled(run.row, start * size, stop * size)
+        for position, hashes in hashed.items():
+            run.pieces[position, index] = hashes.finish()
+        run.pieces[-1, index] = digests.finish()
+        if self.drop_behind:
+            for load in program.loads:
+                self.files.behind(load, start, stop)
+        self._finish_row(run, list(hashed))
+
+    def _finish_row(self, run: _Run, hashed: Sequence[int]) -> None:
+        """When the last segment is in, tell the sink the digests of the row and of the tensors that it was the first to read."""
+        if run.row is None or run.program is None:
+            raise AssertionError("only rows are written")
+        count = len(run.spans)
+        with self.lock:
+            if sum((-1, index) in run.pieces for index in range(count)) < count or run.row not in self.owned:
+                return
+            del self.owned[run.row]
+        row = self.plan.rows[run.row]
+        inputs = {}
+        for position in hashed:
+            load = run.program.steps[position].expression
+            if isinstance(load, Load):
+                found = [piece for index in range(count) for piece in run.pieces[position, index]]
+                inputs[f"{load.model}/{load.tensor.name}"] = tensor_digest(
+                    found, load.tensor.dtype.name, load.tensor.shape
+                )
+        made = [piece for index in range(count) for piece in run.pieces[-1, index]]
+        self.sink.row_done(run.row, tensor_digest(made, row.dtype.name, row.shape), inputs)
+
+    def _not_finite(self, index: int, program: _Program) -> None:
+        """Note why a row is not finite: NaN and Inf counted in each tensor it reads, or values too large for the dtype."""
+        import torch
+
+        row = self.plan.rows[index]
+        with self.lock:
+            if any(error.where == f"{row.node}: {row.name}" for error in self.numeric):
+                return
+        found = []
+        for load in program.loads:
+            nan = inf = 0
+            for start in range(0, load.tensor.elements, LARGEST_BLOCK):
+                part = self.files.read(load, start, min(start + LARGEST_BLOCK, load.tensor.elements)).to(torch.float64)
+                nan += int(part.isnan().sum())
+                inf += int(part.isinf().sum())
+            if nan or inf:
+                counts = " and ".join(f"{n} {word}" for n, word in ((nan, "NaN"), (inf, "Inf")) if n)
+                found.append(f"'{load.tensor.name}' of '{load.model}' has {counts}")
+        if found:
+            what, fix = "; ".join(found), "Mend the checkpoint, or write `non_finite: keep` under `output:`."
+        else:
+            what = f"values overflow {row.dtype.name} (its largest is {row.dtype.largest:g})"
+            fix = "Write a wider `dtype:` under `output:`, or smaller weights."
+        with self.lock:
+            error = NumericError(what, where=f"{row.node}: {row.name}", fix=fix)
+            if all(other.where != error.where for other in self.numeric):
+                self.numeric.append(error)
+
+
+def _compute_dtype(program: _Program) -> DType:
+    wide = any(load.tensor.dtype.name == "float64" for load in program.loads)
+    return BY_NAME["float64" if wide else "float32"]
+
+
+def _exact(program: _Program) -> bool:
+    return any(op.exact for op in program.ops)
+
+
+def _stored_bytes(program: _Program, elements: int) -> int:
+    return sum(load.tensor.dtype.size for load in program.loads) * elements
+
+
+def _slices(pieces: Sequence[Tensor], start: int, stop: int) -> list[Tensor]:
+    """Elements [start, stop) of tensors that stand one after the other."""
+    found, offset = [], 0
+    for piece in pieces:
+        length = piece.numel()
+        first, end = max(start - offset, 0), min(stop - offset, length)
+        if first < end:
+            found.append(piece[first:end])
+        offset += length
+    return found
+
+
+def _finite(values: Tensor, dtype: DType | None) -> bool:
+    """Whether all values are finite and stay so in `dtype`. Works on every float dtype; aminmax knows neither float8 nor empty tensors."""
+    import torch
+
+    if not values.is_floating_point() or not values.numel():
+        return True
+    if values.element_size() == 1:
+        values = values.float()
+    low, high = torch.aminmax(values)
+    largest = dtype.largest if dtype is not None and dtype.largest is not None else float("inf")
+    least, most = float(low), float(high)
+    if -largest <= least and most <= largest and least > -float("inf") and most < float("inf"):
+        return True
+    # Between the largest value and half a step beyond it, rounding still gives the largest.
+    inside = least == least and -float("inf") < least and most < float("inf") and dtype is not None and dtype.size > 1
+    return bool(inside and dtype is not None and torch.isfinite(values.to(torch_dtype(dtype))).all())
+
+
+def check_tied(plan: Plan, paths: Mapping[tuple[str, str], Path], reading: Reading = "auto") -> None:
+    """Hold stored heads against the embeddings that their configs tie them to. Raises RecipeError where they differ."""
+    import torch
+
+    if not plan.equal:
+        return
+    with contextlib.closing(_Files(paths, reading)) as files:
+        for pair in plan.equal:
+            kept, dropped = Load(pair.model, pair.kept), Load(pair.model, pair.dropped)
+            for start in range(0, pair.kept.elements, SEGMENT):
+                stop = min(start + SEGMENT, pair.kept.elements)
+                files.prepare(kept, start, stop)
+                files.prepare(dropped, start, stop)
+                if not torch.equal(*(files.read(load, start, stop).view(torch.uint8) for load in (kept, dropped))):
+                    raise RecipeError(
+                        f"the config of '{pair.model}' ties '{pair.dropped.name}' to '{pair.kept.name}', and the stored values differ",
+                        where=pair.model,
+                        fix="Write `tied: untie` under `output:` to merge both, or `tied: trust_config` to drop the stored one.",
+                    )
+
+
+def execute(
+    plan: Plan,
+    paths: Mapping[tuple[str, str], Path],
+    sink: Sink,
+    *,
+    finished: Mapping[int, Any] | None = None,
+    device: str = "cpu",
+    threads: int | None = None,
+    memory: int = 2**30,
+    reading: Reading = "auto",
+    stop: threading.Event | None = None,
+    progress: Callable[[int, int], None] = lambda bytes_in, bytes_out: None,
+    drop_behind: bool = False,
+) -> Report:
+    """Fill the rows of a plan, but for those `finished` before, in order, into `sink`.
+
+    `paths` gives the local file of each (model, file) that rows read; `memory` is in bytes; `stop` ends the work after the blocks
+    in flight. `device` is `cpu`, `cuda`, `cuda:1`, or `staged:cpu`, which takes the way of a device on the CPU.
+    Raises NumericError (all rows looked at, one error a row), InputError, MachineError, RecipeError for integer tensors that differ,
+    Interrupted when stopped.
+    """
+    way = _Cpu() if device == "cpu" else _Staged(device.removeprefix("staged:"))
+    rows = [index for index in range(len(plan.rows)) if not finished or index not in finished]
+    # In the order of the files, so that reading is one sweep; rows that need nothing from a file come first.
+    with contextlib.closing(_Files(paths, reading)) as files:
+        engine = _Engine(
+            plan,
+            files,
+            sink,
+            device=way,
+            threads=threads_for(threads),
+            memory=memory,
+            stop=stop or threading.Event(),
+            progress=progress,
+            drop_behind=drop_behind,
+        )
+        report = engine.run(rows)
+        files.check_unchanged()
+    return report

@@ -1,0 +1,134 @@
+"""A plan as plain data: a merge is a table, and each row is one output tensor and the expression that makes it.
+
+Nothing here computes, reads or writes. Expressions compare by identity: planning makes each one once, so that two rows
+that need the same thing hold the same object, and an executor can find what is shared with a dict keyed by `id`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from mergeflow.checkpoint import Checkpoint, StoredTensor
+from mergeflow.dtypes import DType
+from mergeflow.ops.base import Op
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Load:
+    """A tensor as it stands in a checkpoint; `model` is the recipe's name for the checkpoint."""
+
+    model: str
+    tensor: StoredTensor
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Measure:
+    """Global numbers an op needs before its blocks can be computed, e.g. a norm or the threshold of a trim.
+
+    `over` holds the inputs of each tensor that is measured: one tuple for a measure within a tensor, one for each
+    floating tensor of the node for a measure over the model. Rows that need the same numbers share one `Measure`.
+    """
+
+    op: Op
+    over: tuple[tuple[Expression, ...], ...]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Apply:
+    """An op on the tensors that its inputs make. `op` is resolved: each setting has its value at this tensor."""
+
+    op: Op
+    inputs: tuple[Expression, ...]
+    measure: Measure | None = None
+
+
+Expression = Load | Apply
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Row:
+    """One output tensor: what makes it, and where its bytes go.
+
+    `compute` is the dtype the expression is evaluated in; `shard` an index into `Plan.shards`; `offset` counts bytes
+    from the start of the shard's file.
+    """
+
+    output: str
+    node: str
+    name: str
+    expression: Expression
+    dtype: DType
+    shape: tuple[int, ...]
+    shard: int
+    offset: int
+    compute: DType
+    check_finite: bool = True
+
+    @property
+    def elements(self) -> int:
+        count = 1
+        for length in self.shape:
+            count *= length
+        return count
+
+    @property
+    def nbytes(self) -> int:
+        return self.elements * self.dtype.size
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Shard:
+    """One output file: its path below the output folder, its exact header (8 length bytes and JSON), and its size."""
+
+    output: str
+    file: str
+    header: bytes
+    size: int
+
+
+@dataclass(frozen=True, slots=True)
+class SideFile:
+    """A file that is written beside the shards: `content` as it stands, or a copy of `name` out of a model's folder."""
+
+    output: str
+    file: str
+    content: bytes | None = None
+    model: str = ""
+    name: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class EqualTensors:
+    """Two stored tensors that the config calls tied: the run holds their bytes against each other before it writes."""
+
+    model: str
+    kept: StoredTensor
+    dropped: StoredTensor
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Plan:
+    """Everything that headers can tell about a run.
+
+    `recipe` is the resolved recipe; `models` are the opened checkpoints by the recipe's names; `spaces` says of each output
+    what its tensors are. `parts` are named digests of all that decides the result, `digest` a hex BLAKE3 over them.
+    """
+
+    name: str
+    recipe: Mapping[str, Any]
+    models: Mapping[str, Checkpoint]
+    rows: tuple[Row, ...]
+    shards: tuple[Shard, ...]
+    side_files: tuple[SideFile, ...]
+    equal: tuple[EqualTensors, ...] = ()
+    warnings: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+    digest: str = ""
+    parts: Mapping[str, str] = field(default_factory=dict)
+    spaces: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def bytes_out(self) -> int:
+        return sum(shard.size for shard in self.shards)

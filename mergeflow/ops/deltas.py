@@ -1,0 +1,388 @@
+"""The shared parts of ops on deltas: weighting, trim, vote, rescale.
+
+Trim is a radix selection over the bits of |tau|, which order as the numbers do: a histogram of the leading 15 or 16
+bits, then of the next digit within the bucket that holds the threshold, until its bits are known. Elements equal to
+the threshold are kept from the lowest index on, for which a last round counts them leaf by leaf (deltas of bfloat16
+models tie in masses). So no sort and no copy of the tensor is needed, and the result is exact. NaN has larger bits
+than any number: it is kept, and seen.
+
+All of it is made of elementwise operations, counts, and sums in a fixed order, so it gives the same bytes on every
+processor.
+"""
+
+from __future__ import annotations
+
+import math
+import struct
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, Literal
+
+from mergeflow.errors import RecipeError
+from mergeflow.ops.base import LEAF, Block, Reduction, weighted_sum
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+Rounding = Literal["floor", "nearest", "ceil"]
+Rescale = Literal["none", "l1", "l2", "linf", "probability"]
+Vote = Literal["mass", "count"]
+
+_TINY = 1e-8
+"""Divisors smaller than this count as 0."""
+_NO_NORM = 1e-7
+"""Norms smaller than this are not made up for."""
+_INFINITY = {False: 0x7F80_0000, True: 0x7FF0_0000_0000_0000}
+"""The bits of Inf, of float32 and of float64 (`wide`)."""
+_SHIFT = {False: 16, True: 47}
+"""The bits below the leading digit."""
+_BINS = {False: 1 << 15, True: 1 << 16}
+"""The values of the leading digit."""
+
+
+def refuse_zero_sum(weights: Sequence[float]) -> None:
+    """Raises RecipeError where weights that will divide sum to 0."""
+    if abs(math.fsum(weights)) < _TINY:
+        raise RecipeError(
+            f"`normalize` divides by the sum of the weights, which is 0: {', '.join(f'{one:g}' for one in weights)}",
+            fix="Change a weight, or write `normalize: false`.",
+        )
+
+
+def divided(total: Tensor, weights: Sequence[float], *, own: bool) -> Tensor:
+    """`total` / sum of weights; written into it if it is our own."""
+    divisor = math.fsum(weights)
+    if abs(math.frexp(divisor)[0]) == 0.5:  # a power of two: its reciprocal is exact, and multiplying is faster
+        return scaled(total, 1 / divisor, own=own)
+    return total.div_(divisor) if own else total / divisor
+
+
+def scaled(total: Tensor, factor: float, *, own: bool) -> Tensor:
+    """`total` * factor; written into it if it is our own."""
+    if factor == 1:
+        return total
+    return total.mul_(factor) if own else total * factor
+
+
+def kept_of(size: int, density: float, rounding: Rounding) -> int:
+    """How many of `size` elements a density keeps: at least one, at most all."""
+    exact = density * size
+    count = {"floor": math.floor(exact), "nearest": math.floor(exact + 0.5), "ceil": math.ceil(exact)}[rounding]
+    return min(size, max(1, count))
+
+
+@dataclass(frozen=True, slots=True)
+class Threshold:
+    """What is known of the smallest magnitude that trim keeps in one delta.
+
+    `bits` are its leading bits, with `shift` bits below them not known yet. All elements above are kept, and of the
+    `sharing` elements that share these bits `need`: all before leaf `leaf`, and `rest` in it. `factor` multiplies what
+    is kept.
+    """
+
+    wide: bool
+    bits: int
+    shift: int
+    need: int
+    sharing: int
+    leaf: int | None = None
+    rest: int = 0
+    factor: float = 1.0
+
+    @property
+    def open(self) -> bool:
+        """Whether further bits matter."""
+        return self.shift > 0 and self.need < self.sharing
+
+    @property
+    def lowest(self) -> int:
+        """The lowest magnitude that `bits` stand for, as an integer."""
+        return self.bits << self.shift
+
+    @property
+    def divides(self) -> bool:
+        """Whether only some of the elements at the threshold are kept."""
+        return self.need < self.sharing and 0 < self.lowest <= _INFINITY[self.wide]
+
+    def at(self) -> float:
+        """The threshold."""
+        return _number(min(self.lowest, _INFINITY[self.wide]), self.wide)
+
+    def below(self) -> float:
+        """The number under the threshold: what is greater is kept, if all at the threshold are; -1 under 0."""
+        return _number(min(self.lowest - 1, _INFINITY[self.wide]), self.wide) if self.lowest else -1.0
+
+
+def _number(bits: int, wide: bool) -> float:
+    """The float with these bits."""
+    found: float = struct.unpack("<d" if wide else "<f", bits.to_bytes(8 if wide else 4, "little"))[0]
+    return found
+
+
+def trimming(
+    known: tuple[Any, ...], densities: Sequence[float], rounding: Rounding, rescale: Rescale
+) -> Reduction | None:
+    """The next round of finding the thresholds of deltas; the inputs of its blocks are the base and the deltas.
+
+    Each round knows a `Threshold` for each delta, or None for one of density 1, which is not trimmed.
+    """
+    if all(density == 1 for density in densities):
+        return None
+    if not known:
+        return _Leading(tuple(densities), rounding)
+    found: tuple[Threshold | None, ...] = known[-1]
+    if any(one and one.open for one in found):
+        return _Digit(found)
+    if any(one and one.leaf is None and (one.divides or rescale in ("l1", "l2")) for one in found):
+        return _AtThreshold(found, rescale)
+    return None
+
+
+def trimmed(deltas: Sequence[Tensor], densities: Sequence[float], rescale: Rescale, block: Block) -> list[Tensor]:
+    """Each delta with its small elements set to 0: a new tensor, or the delta itself where it is not trimmed."""
+    found: Sequence[Threshold | None] = block.measured[-1] if block.measured else [None] * len(deltas)
+    result = []
+    for delta, density, one in zip(deltas, densities, found, strict=True):
+        if one is None:
+            result.append(delta)
+            continue
+        kept = _kept(delta, one, block.start) if one.lowest else delta
+        factor = 1 / density if rescale == "probability" else one.factor
+        result.append(scaled(kept, factor, own=kept is not delta))
+    return result
+
+
+def _kept(delta: Tensor, threshold: Threshold, start: int) -> Tensor:
+    """The part of a delta that starts at element `start`, trimmed."""
+    import torch
+
+    if not threshold.divides:
+        return torch.hardshrink(delta, threshold.below())
+    assert threshold.leaf is not None
+    border = threshold.leaf * LEAF - start
+    if border >= len(delta):
+        return torch.hardshrink(delta, threshold.below())
+    kept = torch.hardshrink(delta, threshold.at())
+    if border > 0:
+        kept[:border] = torch.hardshrink(delta[:border], threshold.below())
+    if border >= 0 and threshold.rest:
+        leaf = delta[border : border + LEAF]
+        first = (leaf.abs() == threshold.at()).nonzero().flatten()[: threshold.rest]
+        kept[border : border + LEAF][first] = leaf[first]
+    return kept
+
+
+def agreeing(products: Sequence[Tensor], weights: Sequence[float], *, vote: Vote, normalize: bool) -> Tensor:
+    """sum_i m_i p_i, where m_i is 1 if the product p_i = w_i s(tau_i) has the elected sign, else 0.
+
+    `normalize` divides by sum_i m_i w_i. `mass` elects the sign of sum_i p_i, `count` that of sum_i sign(p_i); 0
+    counts as +. Where the divisor is 0 the result is 0.
+    """
+    import torch
+
+    ballots = products if vote == "mass" else [product.sign() for product in products]
+    elected = weighted_sum(ballots, [1.0] * len(ballots))
+    elected = torch.ge(elected, 0, out=torch.empty_like(elected)).mul_(2).sub_(1)
+    # Weights of one sign add up without cancelling; others need float64 to tell a divisor of 0 from its rounding error.
+    simple = all(weight == 0 or weight >= _TINY for weight in weights)
+    total: Tensor | None = None
+    divisor: Tensor | None = None
+    for product, weight in zip(products, weights, strict=True):
+        agreed = (product * elected).relu_()
+        if normalize:
+            share = torch.gt(agreed, 0, out=torch.empty_like(agreed))
+            share = scaled(share if simple else share.double(), weight, own=True)
+            divisor = share if divisor is None else divisor.add_(share)
+        total = agreed if total is None else total.add_(agreed)
+    assert total is not None
+    if divisor is not None and simple:
+        # Where nobody agrees the sum is 0 already, so any divisor will do.
+        total.div_(divisor.clamp_(min=min((weight for weight in weights if weight), default=1.0)))
+    elif divisor is not None:
+        total.div_(divisor.masked_fill_(divisor.abs() < _TINY, math.inf).to(total.dtype))
+    return total.mul_(elected)
+
+
+class _Counts(Reduction):
+    """A histogram for each delta whose threshold is looked for: (deltas, bins)."""
+
+    def merge(self, parts: Sequence[Tensor]) -> Tensor:
+        total, *others = parts
+        for part in others:
+            total = total + part
+        return total
+
+
+@dataclass(frozen=True, slots=True)
+class _Leading(_Counts):
+    """The histogram of the leading 15 bits of float32 magnitudes, or 16 of float64 ones: its length tells which."""
+
+    densities: tuple[float, ...]
+    rounding: Rounding
+
+    def block(self, inputs: Sequence[Tensor]) -> Tensor:
+        import torch
+
+        rows = []
+        for delta, density in zip(inputs[1:], self.densities, strict=True):
+            if density < 1:
+                wide = delta.dtype == torch.float64
+                digits = _magnitude(delta).bitwise_right_shift_(_SHIFT[wide])
+                rows.append(torch.bincount(digits, minlength=_BINS[wide]))
+        return torch.stack(rows)
+
+    def finish(self, total: Tensor) -> tuple[Threshold | None, ...]:
+        wide = total.shape[1] == _BINS[True]
+        rows = iter(total)
+        found: list[Threshold | None] = []
+        for density in self.densities:
+            if density == 1:
+                found.append(None)
+                continue
+            counts = next(rows)
+            bits, need, sharing = _bucket(counts, kept_of(int(counts.sum()), density, self.rounding))
+            found.append(Threshold(wide, bits, _SHIFT[wide], need, sharing))
+        return tuple(found)
+
+
+@dataclass(frozen=True, slots=True)
+class _Digit(_Counts):
+    """The histogram of the next digit (16 bits, or what is left) of magnitudes that share the known bits."""
+
+    known: tuple[Threshold | None, ...]
+
+    def block(self, inputs: Sequence[Tensor]) -> Tensor:
+        import torch
+
+        rows = []
+        for delta, one in zip(inputs[1:], self.known, strict=True):
+            if one and one.open:
+                inside = _from_zero(_magnitude(delta).sub_(one.lowest), 1 << one.shift)
+                digits = inside.bitwise_right_shift_(one.shift - _width(one))
+                rows.append(torch.bincount(digits, minlength=self._bins))
+        return torch.stack(rows)
+
+    @property
+    def _bins(self) -> int:
+        return 1 << max(_width(one) for one in self.known if one and one.open)
+
+    def finish(self, total: Tensor) -> tuple[Threshold | None, ...]:
+        rows = iter(total)
+        found: list[Threshold | None] = []
+        for one in self.known:
+            if one and one.open:
+                digit, need, sharing = _bucket(next(rows), one.need)
+                width = _width(one)
+                one = replace(one, bits=one.bits << width | digit, shift=one.shift - width, need=need, sharing=sharing)
+            found.append(one)
+        return tuple(found)
+
+
+@dataclass(frozen=True, slots=True)
+class _AtThreshold(Reduction):
+    """Leaf by leaf, how many elements equal the threshold, and the norms before and after it: (leaves, columns)."""
+
+    known: tuple[Threshold | None, ...]
+    rescale: Rescale
+
+    def block(self, inputs: Sequence[Tensor]) -> Tensor:
+        import torch
+
+        columns = []
+        for delta, one in zip(inputs[1:], self.known, strict=True):
+            if one is None:
+                continue
+            if one.divides:
+                columns.append(_leaves(delta.abs().eq_(one.at())).sum(1).double())  # counts, exact in any order
+            if self.rescale in ("l1", "l2"):
+                kept = torch.hardshrink(delta, one.at() if one.divides else one.below())
+                columns += [_leaf_sums(_powers(each, self.rescale)) for each in (delta, kept)]
+        return torch.stack(columns, dim=1)
+
+    def merge(self, parts: Sequence[Tensor]) -> Tensor:
+        import torch
+
+        return torch.cat(list(parts))
+
+    def finish(self, total: Tensor) -> tuple[Threshold | None, ...]:
+        columns = iter(total.T)
+        found: list[Threshold | None] = []
+        for one in self.known:
+            if one is not None:
+                leaf, rest, factor, kept_there = 0, 0, 1.0, 0
+                if one.divides:
+                    counts = next(columns).long().cumsum(0)
+                    leaf = int((counts <= one.need).sum())
+                    rest = one.need - (int(counts[leaf - 1]) if leaf else 0)
+                    kept_there = one.need
+                if self.rescale in ("l1", "l2"):
+                    before, above = (math.fsum(next(columns).tolist()) for _ in range(2))
+                    power = 2 if self.rescale == "l2" else 1
+                    factor = _factor(before ** (1 / power), (above + kept_there * one.at() ** power) ** (1 / power))
+                one = replace(one, leaf=leaf, rest=rest, factor=factor)
+            found.append(one)
+        return tuple(found)
+
+
+def _width(known: Threshold) -> int:
+    """How many bits the next digit has."""
+    return min(16, known.shift)
+
+
+def _magnitude(delta: Tensor) -> Tensor:
+    """|delta| as integers in the order of the magnitudes: its bits without the sign, as a new tensor."""
+    import torch
+
+    if delta.dtype == torch.float64:
+        return delta.view(torch.int64) & 0x7FFF_FFFF_FFFF_FFFF
+    return delta.view(torch.int32) & 0x7FFF_FFFF
+
+
+def _from_zero(values: Tensor, end: int) -> Tensor:
+    """The integers of `values` in [0, end), in a new tensor."""
+    import torch
+
+    if values.is_cpu:  # numpy takes a fourth of the time
+        array = values.numpy()
+        unsigned = array.view(f"u{array.itemsize}")
+        return torch.from_numpy(array.compress(unsigned < end))
+    return values[(values >= 0) & (values < end)]
+
+
+def _bucket(counts: Tensor, need: int) -> tuple[int, int, int]:
+    """The bin that holds the `need`-th largest element, how many elements of it that needs, and how many it has."""
+    from_top = counts.flip(0).cumsum(0)
+    above = int((from_top < need).sum())
+    share = int(counts[len(counts) - 1 - above])
+    return len(counts) - 1 - above, need - (int(from_top[above]) - share), share
+
+
+def _powers(delta: Tensor, norm: Rescale) -> Tensor:
+    """What a norm sums: |x| or x^2, in float64."""
+    return delta.double().square_() if norm == "l2" else delta.abs().double()
+
+
+def _leaves(values: Tensor) -> Tensor:
+    """A row for each leaf, the last filled up with zeros."""
+    import torch
+
+    if len(values) % LEAF:
+        values = torch.nn.functional.pad(values, (0, -len(values) % LEAF))
+    return values.view(-1, LEAF)
+
+
+def _leaf_sums(values: Tensor) -> Tensor:
+    """The sum of each leaf, by halves, so that no processor's vector width changes a bit."""
+    rows = _leaves(values)
+    while rows.shape[1] > 1:
+        left, right = rows.tensor_split(2, dim=1)
+        rows = left + right
+    return rows[:, 0]
+
+
+def _factor(before: float, after: float) -> float:
+    """before / after; 1 where there is nothing to make up for, or a NaN or Inf among the elements."""
+    if before < _NO_NORM or after < _NO_NORM:
+        return 1.0
+    factor = before / after
+    return factor if math.isfinite(factor) else 1.0

@@ -1,0 +1,463 @@
+"""The whole way in order: a recipe is planned from headers, executed into a staging folder, and published by one rename.
+
+The only module that joins planning, executing, writing and publishing, which do not know each other. Nothing is decided
+here about numbers or bytes: a step is called, its result handed to the next.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mergeflow import __version__
+from mergeflow.checkpoint import Checkpoint, open_checkpoint
+from mergeflow.document import dump_yaml
+from mergeflow.errors import Interrupted, MachineError, MergeflowError, RecipeError, raise_all
+from mergeflow.graph import Apply, Plan, SideFile
+from mergeflow.hub import is_local, locate
+from mergeflow.ops.unchanged import Unchanged
+from mergeflow.planning import like_and_tokenizer, loads, make_plan, needed_models
+from mergeflow.publishing import side_files
+from mergeflow.recipe import Recipe
+from mergeflow.writing import MANIFEST, Finished, Staging, finished_digest, free_bytes, repair
+
+if TYPE_CHECKING:
+    from mergeflow.executing import Reading, Report
+
+LEAST_MEMORY = 64 * 2**20
+MANIFEST_FORMAT = 1
+
+Progress = Callable[[str, int, int], None]
+"""Called with what is going on (`fetch`, `read`, `write`) and numbers of bytes: done since the last call, and in all."""
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """What a run did. `made` is false when the target was finished before; `seconds` are by part of the way."""
+
+    path: Path
+    digest: str
+    made: bool
+    rows: int = 0
+    resumed: int = 0
+    bytes_in: int = 0
+    bytes_out: int = 0
+    seconds: Mapping[str, float] = field(default_factory=dict)
+    warnings: tuple[str, ...] = ()
+
+
+def open_models(recipe: Recipe) -> dict[str, Checkpoint]:
+    """The headers of every model the recipe's outputs ask for. Raises all that fail, together."""
+    models: dict[str, Checkpoint] = {}
+    errors: list[MergeflowError] = []
+    for name in needed_models(recipe):
+        source = recipe.models[name]
+        try:
+            folder = locate(
+                source.path, revision=source.revision, subfolder=source.subfolder, relative_to=recipe.folder
+            )
+            models[name] = open_checkpoint(folder, file=source.file)
+        except MergeflowError as error:
+            errors.append(error.placed(recipe.where(("models", name))))
+    raise_all(errors)
+    return models
+
+
+def plan(recipe: Recipe, *, out: str | Path | None = None) -> Plan:
+    """Everything headers can tell about a run of the recipe; no weight is read.
+
+    With `out` the written recipe's local paths are relative to it. Raises every problem found, together.
+    """
+    made = make_plan(recipe, open_models(recipe))
+    files = list(made.side_files)
+    warnings = list(made.warnings)
+    for output in recipe.outputs.values():
+        like, tokenizer = like_and_tokenizer(recipe, output)
+        rows = [row for row in made.rows if row.output == output.key]
+        dtypes: dict[str, int] = {}
+        for row in rows:
+            dtypes[row.dtype.name] = dtypes.get(row.dtype.name, 0) + row.nbytes
+        used = {load.model for load in loads(*(row.expression for row in rows))}
+        try:
+            beside, lints = side_files(
+                output=output.key,
+                like=made.models[like],
+                like_name=like,
+                tokenizer=made.models[tokenizer],
+                tokenizer_name=tokenizer,
+                inputs={name: checkpoint for name, checkpoint in made.models.items() if name in used},
+                dtypes=dtypes,
+                config=output.config,
+                card=output.card,
+                recipe_name=recipe.name,
+                description=recipe.description,
+                resolved_recipe=_portable(recipe, Path(out or recipe.name), output.key),
+                ops=_ops(rows),
+                tied=False if output.tied == "untie" else None,
+                space=made.spaces[output.key],
+            )
+        except MergeflowError as error:
+            raise error.placed(recipe.where(output.path)) from None
+        taken = {file.file for file in beside}
+        files = [file for file in files if file.output != output.key or file.file not in taken]
+        files += beside
+        warnings += lints
+    return replace(made, side_files=tuple(files), warnings=tuple(dict.fromkeys(warnings)))
+
+
+def _ops(rows: list[Any]) -> list[tuple[str, str | None]]:
+    """The ops that rows use, with their papers, by name."""
+    found: dict[str, str | None] = {}
+    seen: set[int] = set()
+    todo = [row.expression for row in rows]
+    while todo:
+        expression = todo.pop()
+        if isinstance(expression, Apply) and id(expression) not in seen:
+            seen.add(id(expression))
+            if not isinstance(expression.op, Unchanged):
+                found.setdefault(expression.op.name, expression.op.paper)
+            todo += expression.inputs
+    return sorted(found.items())
+
+
+def _portable(recipe: Recipe, out: Path, key: str) -> str:
+    """The resolved recipe with local paths as they are seen from the output's folder, so that it runs from there."""
+    here = os.path.abspath(out / key if key else out)
+
+    def seen(path: str) -> str:
+        if not is_local(path) or path.startswith(("/", "~")):
+            return path
+        relative = os.path.relpath(os.path.abspath(recipe.folder / path), here)
+        return relative if relative.startswith("../") else f"./{relative}"
+
+    models: dict[str, Any] = {}
+    for name, given in recipe.resolved["models"].items():
+        path = recipe.models[name].path
+        if isinstance(given, dict):
+            models[name] = {**given, "path": seen(path)}
+        else:
+            models[name] = seen(path)
+    return dump_yaml({**recipe.resolved, "models": models})
+
+
+def run(
+    recipe: Recipe,
+    out: str | Path | None = None,
+    *,
+    device: str = "cpu",
+    threads: int | None = None,
+    memory: int | None = None,
+    reading: Reading = "auto",
+    force: bool = False,
+    fresh: bool = False,
+    progress: Progress = lambda what, done, total: None,
+    planned: Callable[[Plan], None] = lambda plan: None,
+) -> Result:
+    """Make the recipe's output at `out` (default: `./<name>`), going on where a killed run of the same plan stopped.
+
+    `memory` is what mergeflow may allocate, in bytes (default: a quarter of the machine's); `force` replaces a finished
+    output of another plan, `fresh` forgets what a killed run left. Nothing is left that looks finished unless it is.
+    Raises any MergeflowError; on the first SIGINT or SIGTERM, Interrupted after the blocks in flight.
+    """
+    clock = _Clock()
+    target = Path(out) if out is not None else Path(recipe.name)
+    repair(target)
+    made = plan(recipe, out=target)
+    clock.lap("plan")
+    if not fresh and finished_digest(target) == made.digest:
+        return Result(target, made.digest, made=False, rows=len(made.rows), warnings=made.warnings)
+    planned(made)
+    budget = Budget.of(made, memory, threads)
+    with _signals() as stop:
+        staging = Staging.open(
+            target,
+            digest=made.digest,
+            parts=made.parts,
+            shards=made.shards,
+            rows=made.rows,
+            force=force,
+            fresh=fresh,
+            pool_bytes=budget.pool,
+        )
+        clock.lap("stage")
+        with staging:
+            paths = _fetch(made, progress)
+            clock.lap("fetch")
+            report = _fill(made, paths, staging, budget, device, reading, stop, progress)
+            clock.lap("rows")
+            finished = staging.finish()
+            for file in made.side_files:
+                _write_side_file(staging, file, made.models)
+            for key in recipe.outputs:
+                staging.add(_below(key, MANIFEST), _manifest(made, finished, key))
+            staging.publish()
+            clock.lap("publish")
+    return Result(
+        path=target,
+        digest=made.digest,
+        made=True,
+        rows=len(made.rows),
+        resumed=len(staging.finished),
+        bytes_in=report.bytes_in,
+        bytes_out=report.bytes_out,
+        seconds={**clock.laps, **{f"threads.{key}": value for key, value in report.seconds.items()}},
+        warnings=made.warnings,
+    )
+
+
+def _fill(
+    made: Plan,
+    paths: Mapping[tuple[str, str], Path],
+    staging: Staging,
+    budget: Budget,
+    device: str,
+    reading: Reading,
+    stop: threading.Event,
+    progress: Progress,
+) -> Report:
+    from mergeflow.executing import check_tied, execute
+
+    check_tied(made, paths, reading)
+    total = sum(row.nbytes for index, row in enumerate(made.rows) if index not in staging.finished)
+    return execute(
+        made,
+        paths,
+        staging,
+        finished=staging.finished,
+        device=device,
+        threads=budget.threads,
+        memory=budget.compute,
+        reading=reading,
+        stop=stop,
+        progress=lambda bytes_in, bytes_out: progress("write", bytes_out, total),
+        drop_behind=budget.drop_behind,
+    )
+
+
+class _Clock:
+    """Seconds between laps, by name."""
+
+    def __init__(self) -> None:
+        self.laps: dict[str, float] = {}
+        self.last = time.perf_counter()
+
+    def lap(self, name: str) -> None:
+        now = time.perf_counter()
+        self.laps[name] = now - self.last
+        self.last = now
+
+
+@dataclass(frozen=True, slots=True)
+class Budget:
+    """How `--memory` is spent, in bytes: buffers of the writer, blocks of the threads; and how many threads fit.
+
+    `peak` is what is expected to be in use at most; `drop_behind` whether the inputs are so large against the memory at
+    hand that what was read is given back at once.
+    """
+
+    pool: int
+    compute: int
+    threads: int
+    peak: int
+    drop_behind: bool
+
+    @classmethod
+    def of(cls, made: Plan, memory: int | None = None, threads: int | None = None) -> Budget:
+        """The budget of a plan. Raises MachineError where `memory` is too little for one thread."""
+        from mergeflow.executing import peak_memory, threads_for
+
+        available = available_memory()
+        memory = memory or max(total_memory() // 4, LEAST_MEMORY)
+        if memory < LEAST_MEMORY:
+            raise RecipeError("mergeflow needs at least 64MiB", where="--memory", fix="Give it more.")
+        pool = min(max(memory // 4, 2**25), 2**27)
+        compute, workers = memory - pool, threads_for(threads)
+        while peak_memory(made, compute, workers) > compute:
+            if workers == 1:
+                needed = (peak_memory(made, compute, 1) + pool) // 2**20 + 1
+                raise MachineError(
+                    f"this plan needs {needed} MiB of memory", where="--memory", fix=f"Write `--memory {needed}MiB`."
+                )
+            workers -= 1
+        read = sum(load.tensor.nbytes for load in loads(*(row.expression for row in made.rows)))
+        peak = pool + peak_memory(made, compute, workers)
+        return cls(pool, compute, workers, peak, drop_behind=read > available // 2)
+
+
+def total_memory() -> int:
+    """Bytes of memory that this process may use: the machine's, or its control group's limit."""
+    machine = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return min(machine, _group_limit() or machine)
+
+
+def available_memory() -> int:
+    """Bytes of memory that could be had now without swapping."""
+    free = total_memory()
+    try:
+        for line in Path("/proc/meminfo").read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                free = min(free, int(line.split()[1]) * 1024)
+    except OSError:
+        pass
+    return free
+
+
+def _group_limit() -> int | None:
+    """The memory limit of the control group this process is in (v2 or v1), if it has one."""
+    try:
+        lines = Path("/proc/self/cgroup").read_text().splitlines()
+    except OSError:
+        return None
+    limits = []
+    for line in lines:
+        _, controllers, group = line.split(":", 2)
+        v1 = "memory" in controllers.split(",")
+        if not v1 and controllers:
+            continue
+        root = Path("/sys/fs/cgroup/memory" if v1 else "/sys/fs/cgroup")
+        folder = root / group.lstrip("/")
+        for place in (folder, *folder.parents):
+            try:
+                text = (place / ("memory.limit_in_bytes" if v1 else "memory.max")).read_text().strip()
+            except OSError:
+                continue
+            if text.isdigit():
+                limits.append(int(text))
+            if place == root:
+                break
+    return min(limits, default=None)
+
+
+@contextmanager
+def _signals() -> Iterator[threading.Event]:
+    """The first SIGINT or SIGTERM stops the work after the blocks in flight, the second leaves at once."""
+    stop = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield stop
+        return
+    received: list[int] = []
+
+    def handle(number: int, frame: object) -> None:
+        if received:
+            os._exit(128 + number)
+        received.append(number)
+        stop.set()
+
+    before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield stop
+    except Interrupted:
+        if received:
+            raise Interrupted(
+                "stopped", signal_number=received[0], fix="Run the same command again to go on from here."
+            ) from None
+        raise
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    if received:
+        raise Interrupted("stopped", signal_number=received[0], fix="Run the same command again.")
+
+
+def _fetch(made: Plan, progress: Progress) -> dict[tuple[str, str], Path]:
+    """The local files of everything that rows read, fetched where a hub has them."""
+    wanted: dict[str, dict[str, None]] = {}
+    for load in loads(*(row.expression for row in made.rows)):
+        wanted.setdefault(load.model, {})[load.tensor.file] = None
+    for pair in made.equal:
+        for tensor in (pair.kept, pair.dropped):
+            wanted.setdefault(pair.model, {})[tensor.file] = None
+    paths: dict[tuple[str, str], Path] = {}
+    for model, files in wanted.items():
+        folder = made.models[model].folder
+        total = sum(folder.size(name) for name in files)
+
+        def fetched(done: int, total: int = total) -> None:
+            progress("fetch", done, total)
+
+        paths.update({(model, name): path for name, path in folder.local(list(files), fetched).items()})
+    return paths
+
+
+def _below(key: str, file: str) -> str:
+    return f"{key}/{file}" if key else file
+
+
+def _write_side_file(staging: Staging, file: SideFile, models: Mapping[str, Checkpoint]) -> None:
+    target = _below(file.output, file.file)
+    if file.content is not None:
+        staging.add(target, file.content)
+    else:
+        staging.copy(target, models[file.model].folder.local([file.name])[file.name])
+
+
+def _manifest(made: Plan, finished: Mapping[int, Finished], key: str) -> bytes:
+    """What was made, from what, with digests; the same bytes for the same plan on the same software."""
+    import json
+
+    inputs: dict[str, Any] = {}
+    for name, checkpoint in made.models.items():
+        inputs[name] = {
+            "source": checkpoint.folder.label,
+            "revision": checkpoint.folder.revision,
+            "files": {
+                file.name: {
+                    "size": file.size,
+                    "header": file.header_digest,
+                    "sha256": checkpoint.folder.sha256(file.name),
+                }
+                for file in checkpoint.files.values()
+            },
+            "tensors": {},
+        }
+    for row in finished.values():
+        for tensor, digest in row.inputs.items():
+            model, _, stored = tensor.partition("/")
+            inputs[model]["tensors"][stored] = digest
+    tensors = {
+        row.name: {
+            "file": made.shards[row.shard].file,
+            "dtype": row.dtype.name,
+            "shape": list(row.shape),
+            "digest": finished[index].digest,
+        }
+        for index, row in enumerate(made.rows)
+        if row.output == key
+    }
+    data = {
+        "format": MANIFEST_FORMAT,
+        "name": made.name,
+        "plan": made.digest,
+        "parts": dict(made.parts),
+        "recipe": made.recipe,
+        "software": {"mergeflow": __version__, "torch": version("torch"), "machine": platform.machine()},
+        "inputs": inputs,
+        "tensors": tensors,
+    }
+    return (json.dumps(data, indent=1, sort_keys=True, ensure_ascii=False) + "\n").encode()
+
+
+def foresee(
+    recipe: Recipe, out: Path, *, memory: int | None = None, threads: int | None = None
+) -> tuple[Plan, Budget, int]:
+    """The plan of a run into `out`, how it would spend memory, and the bytes free on that disk.
+
+    Raises what a run would raise before it reads a weight, a disk that is too small included.
+    """
+    made = plan(recipe, out=out)
+    budget = Budget.of(made, memory, threads)
+    free = free_bytes(out)
+    if free < made.bytes_out:
+        raise MachineError(
+            f"the output needs {made.bytes_out} bytes, and the disk has {free} free", where=str(out), fix="Make room."
+        )
+    return made, budget, free

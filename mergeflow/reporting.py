@@ -1,0 +1,169 @@
+"""A plan as a person or a program reads it: text, JSON, and a picture of the graph."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from mergeflow.errors import printable
+from mergeflow.graph import Apply, Expression, Plan
+from mergeflow.planning import loads
+from mergeflow.recipe import Node, Recipe
+from mergeflow.settings import Each, Gradient
+
+BYTES_A_SECOND = 1.0e9
+"""What one thread is taken to do with stored bytes where nothing was measured yet: for the estimate of time."""
+
+
+def plan_data(plan: Plan, *, threads: int, peak: int, free: int) -> dict[str, Any]:
+    """A plan as JSON-ready data. `peak` and `free` are bytes of memory and of disk."""
+    once = sum(load.tensor.nbytes for load in loads(*(row.expression for row in plan.rows)))
+    read = sum(row_reads(plan))
+    return {
+        "name": plan.name,
+        "digest": plan.digest,
+        "recipe": plan.recipe,
+        "models": {
+            name: {
+                "source": checkpoint.folder.label,
+                "revision": checkpoint.folder.revision,
+                "files": len(checkpoint.files),
+                "tensors": len(checkpoint.tensors),
+                "bytes": sum(tensor.nbytes for tensor in checkpoint.tensors.values()),
+            }
+            for name, checkpoint in plan.models.items()
+        },
+        "stages": [],
+        "rows": [
+            {
+                "output": row.output,
+                "name": row.name,
+                "dtype": row.dtype.name,
+                "shape": list(row.shape),
+                "file": plan.shards[row.shard].file,
+                "expression": expression_text(row.expression),
+            }
+            for row in plan.rows
+        ],
+        "files": [
+            *({"output": s.output, "file": s.file, "bytes": s.size} for s in plan.shards),
+            *({"output": s.output, "file": s.file} for s in plan.side_files),
+        ],
+        "bytes_in": once,
+        "bytes_read": read,
+        "bytes_out": plan.bytes_out,
+        "bytes_free": free,
+        "peak_memory": peak,
+        "threads": threads,
+        "estimated_seconds": round((read + plan.bytes_out) / BYTES_A_SECOND / max(threads, 1), 1),
+        "warnings": list(plan.warnings),
+        "notes": list(plan.notes),
+    }
+
+
+def row_reads(plan: Plan) -> Iterator[int]:
+    """Bytes that each row reads, a measured tensor once a round (two rounds are taken for what a measure needs)."""
+    for row in plan.rows:
+        rounds = 1
+        todo: list[Expression] = [row.expression]
+        while todo:
+            expression = todo.pop()
+            if isinstance(expression, Apply):
+                rounds += 2 * (expression.measure is not None)
+                todo += expression.inputs
+        yield rounds * sum(load.tensor.nbytes for load in loads(row.expression))
+
+
+def expression_text(expression: Expression) -> str:
+    """An expression as text: `ties(base, task_vector(base, a))`."""
+    if isinstance(expression, Apply):
+        return f"{expression.op.name}({', '.join(expression_text(one) for one in expression.inputs)})"
+    return f"{expression.model}:{expression.tensor.name}"
+
+
+def plan_text(data: Mapping[str, Any], out: Path) -> str:
+    """A plan for a person."""
+    lines = [f"{data['name']}  ->  {out}", ""]
+    lines += [
+        f"  reads    {name:<16} {size_text(m['bytes']):>9}  {m['tensors']} tensors in {m['files']} file{'s' * (m['files'] != 1)}"
+        f"  {m['source']}"
+        for name, m in data["models"].items()
+    ]
+    kinds: dict[str, list[str]] = {}
+    for row in data["rows"]:
+        kinds.setdefault(row["expression"].split("(")[0] if "(" in row["expression"] else "as it is", []).append(
+            row["name"]
+        )
+    lines += ["", f"  makes    {len(data['rows'])} tensors"]
+    lines += [f"           {len(names):>6}  {kind}" for kind, names in kinds.items()]
+    lines += ["", "  writes"]
+    lines += [
+        f"           {size_text(f['bytes']) if 'bytes' in f else '':>9}  {f['output'] + '/' if f['output'] else ''}{f['file']}"
+        for f in data["files"]
+    ]
+    lines += [
+        "",
+        f"  bytes    {size_text(data['bytes_read'])} read, {size_text(data['bytes_out'])} written, "
+        f"{size_text(data['bytes_free'])} free on the disk",
+        f"  memory   {size_text(data['peak_memory'])} at most, {data['threads']} threads",
+        f"  time     about {data['estimated_seconds']:g} s",
+        f"  digest   {data['digest']}",
+    ]
+    lines += [f"  note     {note}" for note in data["notes"]]
+    lines += [f"  warning  {warning}" for warning in data["warnings"]]
+    return printable("\n".join(lines))
+
+
+def size_text(count: float) -> str:
+    """Bytes with a unit that fits: 2.2 GB."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 999.5:
+            return f"{count:.0f} {unit}" if unit == "B" or count >= 99.5 else f"{count:.1f} {unit}"
+        count /= 1000
+    return f"{count:.1f} TB"
+
+
+def mermaid(recipe: Recipe) -> str:
+    """The recipe's graph in mermaid's words: models, nodes and outputs, with an op's settings on its node."""
+    ids = {name: f"n{index}" for index, name in enumerate([*recipe.models, *recipe.nodes])}
+    lines = ["graph LR"]
+    for name, source in recipe.models.items():
+        lines.append(f'  {ids[name]}[("{_label(name, source.path)}")]')
+    for name, node in recipe.nodes.items():
+        lines.append(f'  {ids[name]}["{_label(name, node.op.name, *_settings(node))}"]')
+    for name, node in recipe.nodes.items():
+        for index, one in enumerate(node.inputs):
+            rule = node.rules[index] if node.rules else None
+            words = f'|"{_label(", ".join(rule))}"|' if rule else ""
+            lines.append(f"  {ids[one.model]} -->{words} {ids[name]}")
+        for word, other in (("base", node.base), ("others", node.others)):
+            if other:
+                lines.append(f"  {ids[other]} -. {word} .-> {ids[name]}")
+    for index, output in enumerate(recipe.outputs.values()):
+        lines.append(f'  {ids[output.node]} --> o{index}(["{_label(output.key or recipe.name)}"])')
+    return "\n".join(lines) + "\n"
+
+
+def _settings(node: Node) -> list[str]:
+    lines = []
+    for name in type(node.op).model_fields:
+        value = getattr(node.op, name)
+        if value != type(node.op).model_fields[name].default:
+            lines.append(f"{name} {_setting_text(value)}")
+    return lines
+
+
+def _setting_text(value: Any) -> str:
+    if isinstance(value, Each):
+        return " · ".join(map(_setting_text, value))
+    if isinstance(value, Gradient):
+        return f"{value.gradient[0]}..{value.gradient[-1]}"
+    return "by rules" if isinstance(value, tuple) else str(value)
+
+
+def _label(*lines: str) -> str:
+    """Text that can stand between quotes in mermaid."""
+    return "<br/>".join(
+        printable(line).replace("&", "&amp;").replace('"', "&quot;").replace("<", "&lt;") for line in lines
+    )

@@ -1,0 +1,103 @@
+"""The benchmark measures what it says: readable models, a meter that sees memory and bytes, a clean floor."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
+
+ROOT = Path(__file__).parent.parent
+SCRIPT = ROOT / "benchmarks" / "merge.py"
+
+
+@pytest.fixture(scope="module")
+def merge() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("benchmark_merge", SCRIPT)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_models_are_llama_shaped_and_fine_tunes_stay_near_the_base(merge: ModuleType, tmp_path: Path) -> None:
+    shape = merge.Shape(hidden=16, layers=2, ffn=24, vocab=32, heads=2, kv_heads=1)
+    folders = merge.make_models(tmp_path, shape, ("base", "a", "b"), shards=1)
+    base, a, b = (load_file(folder / "model.safetensors") for folder in folders.values())
+    assert base.keys() == shape.tensors().keys()
+    assert {name: tuple(tensor.shape) for name, tensor in base.items()} == shape.tensors()
+    name = "model.layers.0.mlp.up_proj.weight"
+    assert base[name].dtype == torch.bfloat16
+    assert 0 < (a[name] - base[name]).float().abs().max() < 0.01
+    assert not torch.equal(a[name], b[name])
+
+
+def test_sharded_models_have_an_index_that_finds_every_tensor(merge: ModuleType, tmp_path: Path) -> None:
+    shape = merge.SHAPES["tiny"]
+    folder = merge.make_models(tmp_path, shape, ("base",), shards=3)["base"]
+    weight_map = json.loads((folder / "model.safetensors.index.json").read_text())["weight_map"]
+    assert weight_map.keys() == shape.tensors().keys()
+    assert len(set(weight_map.values())) == 3
+    for name, file in [*weight_map.items()][::500]:
+        with safe_open(folder / file, "pt") as shard:
+            assert tuple(shard.get_slice(name).get_shape()) == shape.tensors()[name]
+
+
+def test_planning_has_thirty_thousand_tensors_in_files_without_data(merge: ModuleType, tmp_path: Path) -> None:
+    folder = merge.make_models(tmp_path, merge.SHAPES["plan"], ("base",), shards=1, filled=False)["base"]
+    file = folder / "model.safetensors"
+    assert len(merge.SHAPES["plan"].tensors()) == 30_000
+    assert file.stat().st_blocks * 512 < 16_000_000 < file.stat().st_size
+
+
+def test_the_meter_sees_seconds_memory_and_bytes(merge: ModuleType, tmp_path: Path) -> None:
+    code = (
+        "import time; held = bytearray(b'x') * (64 << 20)\n"
+        f"with open({str(tmp_path / 'file')!r}, 'wb') as file: file.write(held[:1 << 20])\n"
+        """time.sleep(0.1); print('{"seconds": {"a": 1}}')"""
+    )
+    run = merge.measure([sys.executable, "-c", code])
+    assert 0.1 < run.wall < 30
+    assert 64 << 20 <= run.rss_anon < 200 << 20
+    assert run.io["wchar"] >= 1 << 20
+    assert merge.timings(run) == {"a": 1.0}
+
+
+def test_a_process_that_fails_is_told_with_its_last_words(merge: ModuleType) -> None:
+    with pytest.raises(merge.Failed, match=r"(?s)exit code 3.*last words"):
+        merge.measure([sys.executable, "-c", "import sys; print('last words', file=sys.stderr); sys.exit(3)"])
+
+
+def test_a_floor_names_both_ways_to_write_and_leaves_no_file(merge: ModuleType, tmp_path: Path) -> None:
+    shape = merge.Shape(hidden=16, layers=2, ffn=24, vocab=32, heads=2, kv_heads=1)
+    folder = merge.make_models(tmp_path, shape, ("base",), shards=1)["base"]
+    found = merge.floors([folder], 10_001, tmp_path, pairs=1)
+    assert {"mmap + buffered and fdatasync", "pread + buffered and fdatasync"} <= found.keys()
+    assert all(seconds["total"] >= seconds["write"] > 0 for seconds in found.values())
+    assert [path.name for path in tmp_path.iterdir()] == ["base"]
+
+
+def test_every_recipe_of_the_benchmark_names_its_own_models(merge: ModuleType) -> None:
+    for case in merge.CASES.values():
+        told = json.dumps([case.node, case.mergekit])
+        assert all(f'"{name}"' in told for name in case.models)
+
+
+@pytest.mark.slow
+def test_the_benchmark_runs_to_its_table(tmp_path: Path) -> None:
+    import subprocess
+
+    command = [sys.executable, SCRIPT, "--size", "small", "--pairs", "1", "--work", tmp_path / "work"]
+    done = subprocess.run([*command, "--markdown", tmp_path / "t.md"], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "SKIPPED mergekit" in done.stderr
+    table = (tmp_path / "t.md").read_text()
+    assert all(f"| {case} | mergeflow |" in table for case in ("linear", "ties", "task_arithmetic", "slerp", "tiny"))
