@@ -492,7 +492,9 @@ class Bench:
         if case.floor:
             nbytes = next((run.output for some in runs.values() for run in some), 0)
             found["floor"] = floors(list(models.values()), nbytes, self.work, self.options.pairs)
-            found["against_floor"] = against_floor(ours, found["floor"])
+            found["against_floor"] = against_floor(
+                ours, found["floor"], self.report.idle["wall"], self.report.machine["cores"]
+            )
         self.report.cases[name] = found
 
     def threads(self) -> None:
@@ -507,7 +509,7 @@ class Bench:
                 print(f"threads, pair {pair + 1}, {count}: {runs[count][-1].wall:.2f} s", file=sys.stderr)
         found: dict[str, Any] = {f"{n} threads": [asdict(r) | timed(r) for r in some] for n, some in runs.items()}
         found["faster"] = statistics.median(a.wall / b.wall for a, b in zip(runs["1"], runs["2"], strict=True))
-        working = [[without_start_up(run) for run in some] for some in runs.values()]
+        working = [[without_start_up(run, self.report.idle["wall"]) for run in some] for some in runs.values()]
         found["faster_without_start_up"] = statistics.median(a / b for a, b in zip(*working, strict=True))
         self.report.cases["threads"] = found
 
@@ -572,20 +574,23 @@ def timed(run: Run) -> dict[str, Any]:
     return {"said": "", "seconds": timings(run)}
 
 
-def without_start_up(run: Run) -> float:
-    """Wall seconds after start-up (interpreter, imports), where the run told its own; otherwise all of them."""
-    return run.wall - timings(run).get("start_up", 0.0)
+def without_start_up(run: Run, idle: float) -> float:
+    """Wall seconds after start-up: as the run told it (`start_up`), otherwise that of an idle process with torch."""
+    return run.wall - timings(run).get("start_up", idle)
 
 
-def against_floor(runs: Sequence[Run], floor: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
-    """Median wall of `runs` without start-up and digests, over each floor; empty where runs do not tell these apart."""
-    told = [timings(run) for run in runs]
-    if not told or not all("start_up" in seconds for seconds in told):
+def against_floor(
+    runs: Sequence[Run], floor: Mapping[str, Mapping[str, float]], idle: float, cores: int
+) -> dict[str, dict[str, float]]:
+    """Median wall of `runs` without start-up over each floor, with the digests and without their share of the threads."""
+    if not runs:
         return {}
-    working = statistics.median(
-        without_start_up(run) - seconds.get("hash", 0.0) for run, seconds in zip(runs, told, strict=True)
-    )
-    return {name: working / seconds["total"] for name, seconds in floor.items()}
+    working = statistics.median(without_start_up(run, idle) for run in runs)
+    digests = statistics.median(timings(run).get("threads.hash", 0.0) / cores for run in runs)
+    return {
+        way: {"with_digests": working / seconds["total"], "without_digests": (working - digests) / seconds["total"]}
+        for way, seconds in floor.items()
+    }
 
 
 class Group:
@@ -725,7 +730,8 @@ def lines_of(report: Report) -> list[str]:
             lines.append(
                 f"floor of {name}, {way}: read {seconds['read']:.2f} s, write {seconds['write']:.2f} s, "
                 f"together {seconds['total']:.2f} s"
-                + (f"; mergeflow without start-up and digests is {ratio:.2f} times that" if ratio else "")
+                + (f"; mergeflow without start-up is {ratio['with_digests']:.2f} times that" if ratio else "")
+                + (f", without digests too {ratio['without_digests']:.2f}" if ratio else "")
             )
         if any(run.get("seconds") for run in found.get("mergeflow", [])):
             stretches = found["mergeflow"][0]["seconds"]

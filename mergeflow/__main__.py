@@ -1,6 +1,6 @@
 """`python -m mergeflow`: the command line."""
 
-from mergeflow.cli import main
+from mergeflow.cli import program
 
 if __name__ == "__main__":
-    main()
+    program()

@@ -6,20 +6,24 @@ exit code; what is none of ours is a bug: one line, and the trace in a file.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import signal
 import sys
 import tempfile
+import threading
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
 from mergeflow import __version__
-from mergeflow.errors import MergeflowError, Problems, RecipeError, printable
+from mergeflow.errors import MergeflowError, Problems, RecipeError, printable, raise_all
 
 if TYPE_CHECKING:
     from mergeflow.recipe import Recipe
@@ -29,35 +33,115 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 def main() -> None:
     """Run the command line and leave with its exit code."""
-    try:
-        code = commands.main(standalone_mode=False)
-        sys.stdout.flush()
-    except MergeflowError as error:
-        click.echo(printable(str(error)), err=True)
-        if isinstance(error, Problems):
-            click.echo(f"{len(error.errors)} problems", err=True)
-        code = error.exit_code
-    except click.exceptions.Exit as error:
-        code = error.exit_code
-    except click.ClickException as error:
-        error.show()
-        code = 2
-    except (KeyboardInterrupt, click.Abort):
-        click.echo("stopped", err=True)
-        code = 130
-    except BrokenPipeError:
-        # The reader of our output has gone; there is nobody left to tell.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        code = 0
-    except BaseException as error:  # whatever it is, a person gets one line and a file
-        with tempfile.NamedTemporaryFile("w", prefix="mergeflow-", suffix=".log", delete=False) as file:
-            file.write(f"mergeflow {__version__}\n{sys.argv!r}\n{traceback.format_exc()}")
-        click.echo(f"a bug in mergeflow: {type(error).__name__}: {error}. The trace is in {file.name}", err=True)
-        code = 70
+    with _interrupts() as interrupted:
+        try:
+            code = commands.main(standalone_mode=False)
+            sys.stdout.flush()
+        except BaseException as error:
+            code = _STOPPED if interrupted and not isinstance(error, MergeflowError) else _told(error)
+            if code == _STOPPED and not isinstance(error, MergeflowError):
+                click.echo("stopped", err=True)
     raise SystemExit(code)
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+_STOPPED = 130
+
+
+@contextmanager
+def _interrupts() -> Iterator[list[int]]:
+    """Notes each Ctrl-C: libraries that are interrupted while they load answer with errors of their own.
+
+    Where Ctrl-C is ignored, as for a job in the background, it stays so.
+    """
+    seen: list[int] = []
+    ours = threading.current_thread() is threading.main_thread()
+    if not ours or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
+        yield seen
+        return
+
+    def handle(number: int, frame: object) -> None:
+        seen.append(number)
+        raise KeyboardInterrupt
+
+    signal.signal(signal.SIGINT, handle)
+    try:
+        yield seen
+    finally:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def _told(error: BaseException) -> int:
+    """Say on stderr what went wrong, in the error's own words; its exit code."""
+    if isinstance(error, MergeflowError) and error.exit_code != 70:
+        click.echo(str(error), err=True)
+        if isinstance(error, Problems):
+            click.echo(f"{len(error.errors)} problems", err=True)
+        return error.exit_code
+    if isinstance(error, click.exceptions.Exit):
+        return error.exit_code
+    if isinstance(error, click.ClickException):
+        error.show()
+        return 2
+    if isinstance(error, KeyboardInterrupt | click.Abort):
+        return _STOPPED
+    if _is_closed_pipe(error):
+        # The reader of our output has gone; there is nobody left to tell.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    if isinstance(error, MemoryError):
+        click.echo("there is not enough memory. Give --memory less, or use fewer --threads.", err=True)
+        return 5
+    text = f"a bug in mergeflow: {type(error).__name__}: {error}".partition("\n")[0]
+    trace = "".join(traceback.format_exception(error))
+    try:
+        with tempfile.NamedTemporaryFile("w", prefix="mergeflow-", suffix=".log", delete=False) as file:
+            file.write(f"mergeflow {__version__}\n{sys.argv!r}\n{trace}")
+    except OSError:
+        click.echo(f"{printable(text)}. The trace, which no file could take:\n{trace}", err=True)
+    else:
+        click.echo(f"{printable(text)}. The trace is in {file.name}", err=True)
+    return 70
+
+
+def _is_closed_pipe(error: BaseException) -> bool:
+    """Whether the reader of stdout went away; click turns that into an exit of its own."""
+    return isinstance(error, BrokenPipeError) or (
+        isinstance(error, SystemExit) and isinstance(error.__context__, BrokenPipeError)
+    )
+
+
+class _Commands(click.Group):
+    """The group of commands; with `--json` the problems of a command are a JSON document too."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except MergeflowError as error:
+            if ctx.meta.get(_JSON):
+                errors = error.errors if isinstance(error, Problems) else (error,)
+                problems = [{"where": one.where, "what": one.what, "fix": one.fix} for one in errors]
+                click.echo(json.dumps({"problems": problems, "exit_code": error.exit_code}, indent=1))
+            raise
+
+
+_JSON = "mergeflow.json"
+
+
+def program() -> None:
+    """`main` for a process of its own, left without taking the interpreter apart, which takes up to half a second with torch."""
+    code = 70
+    try:
+        main()
+    except SystemExit as leaving:
+        code = leaving.code if isinstance(leaving.code, int) else 0
+    finally:
+        for stream in (sys.stdout, sys.stderr):
+            with contextlib.suppress(OSError, ValueError):
+                stream.flush()
+        os._exit(code)
+
+
+@click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
 @click.version_option(__version__, prog_name="mergeflow")
 def commands() -> None:
     """Merge model checkpoints by a recipe."""
@@ -90,14 +174,20 @@ def recipe_of(path: str, settings: tuple[str, ...]) -> Recipe:
 
 def memory_size(context: click.Context, parameter: click.Parameter, value: str | None) -> int | None:
     """The bytes of `--memory`."""
-    from mergeflow.recipe import parse_size
-
     if value is None:
         return None
+    from mergeflow.recipe import parse_size
+
     try:
         return parse_size(value)
     except RecipeError as error:
         raise error.placed("--memory") from None
+
+
+def note_json(context: click.Context, parameter: click.Parameter, value: bool) -> bool:
+    """Remember that the answer is JSON, for the problems that another option or the command has."""
+    context.meta[_JSON] = value
+    return value
 
 
 memory_option = click.option(
@@ -109,7 +199,9 @@ memory_option = click.option(
 threads_option = click.option(
     "--threads", type=click.IntRange(1, 1024), help="Worker threads; default: one a processor."
 )
-json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON document on stdout.")
+json_option = click.option(
+    "--json", "as_json", is_flag=True, callback=note_json, is_eager=True, help="Print one JSON document on stdout."
+)
 out_option = click.option(
     "-o", "--out", type=click.Path(), help="The folder to write; default: ./<name of the recipe>."
 )
@@ -248,13 +340,9 @@ def validate(recipes: tuple[str, ...], settings: tuple[str, ...], as_json: bool)
         else:
             if not as_json:
                 click.echo(f"{recipe}: good")
+    raise_all(errors)
     if as_json:
-        problems = [{"where": e.where, "what": e.what, "fix": e.fix} for e in errors]
-        click.echo(json.dumps({"recipes": list(recipes), "problems": problems}, indent=1))
-        if errors:
-            raise click.exceptions.Exit(Problems(errors).exit_code)
-    elif errors:
-        raise errors[0] if len(errors) == 1 else Problems(errors)
+        click.echo(json.dumps({"recipes": list(recipes), "problems": []}, indent=1))
 
 
 @commands.command()
@@ -338,7 +426,7 @@ class _Progress:
         """Called from any thread: a race costs a count on the screen and nothing else."""
         if self.quiet:
             return
-        if what != self.what:
+        if (what, total) != (self.what, self.total):
             self.close()
             self.what, self.done, self.total, self.started = what, 0, total, time.monotonic()
             if self.terminal:
@@ -351,13 +439,13 @@ class _Progress:
         if self.bar is not None:
             self.bar.update(done)
         elif not self.terminal and time.monotonic() - self.spoke > self.LINE_SECONDS:
+            from mergeflow.reporting import size_text
+
             self.spoke = now = time.monotonic()
             speed = self.done / max(now - self.started, 1e-9)
             left = (self.total - self.done) / speed if speed else 0.0
-            click.echo(
-                f"{what}: {self.done / 1e9:.2f} of {self.total / 1e9:.2f} GB, {speed / 1e9:.2f} GB/s, {left:.0f} s left",
-                err=True,
-            )
+            shown = f"{size_text(self.done)} of {size_text(self.total)}, {size_text(speed)}/s, {left:.0f} s left"
+            click.echo(f"{what}: {shown}", err=True)
 
     def close(self) -> None:
         """Take the bar away."""

@@ -207,6 +207,16 @@ _READ_BY_CALL = {
 }
 
 
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
+
+
+def _keep_freed_memory() -> None:
+    """Let malloc keep blocks that were freed, for the next ones: else each is mapped, zeroed and unmapped again."""
+    if hasattr(_libc, "mallopt"):
+        _libc.mallopt(_M_MMAP_THRESHOLD, 2**25)
+        _libc.mallopt(_M_TRIM_THRESHOLD, 2**28)
+
+
 def _file_system(path: Path) -> int:
     """The magic number of the file system that holds a file; 0 where it cannot be told."""
     buffer = (ctypes.c_long * 64)()
@@ -443,7 +453,9 @@ class _Run:
                 if found is not None and id(found) not in engine.measured:
                     self.measures.append(found)
         self.reduction: Reduction | None = None
-        self.parts: list[Any] = []
+        self.parts: dict[int, Any] = {}
+        self.total: Any = None
+        self.merged = 0
         self.left = 0
         self.pieces: dict[tuple[int, int], list[bytes]] = {}
         self.writing = False
@@ -459,7 +471,7 @@ class _Run:
             measure = self.measures[0]
             known = self.known(measure)
             if self.reduction is not None:
-                known = (*known, self.reduction.finish(self.reduction.merge(self.parts)))
+                known = (*known, self.reduction.finish(self.total))
                 self.measured[id(measure)] = known
             self.reduction = measure.op.reduction(known)
             if self.reduction is not None:
@@ -469,7 +481,7 @@ class _Run:
                     for index, inputs in enumerate(measure.over)
                     for start, stop in self._segments(_elements(inputs), self.programs[index])
                 ]
-                self.parts = [None] * len(self.spans)
+                self.parts, self.total, self.merged = {}, None, 0
                 self.left = len(self.spans)
                 return [(self, index) for index in range(len(self.spans))]
             self.measured.setdefault(id(measure), known)
@@ -619,6 +631,7 @@ class _Engine:
         import torch
 
         self.fresh = iter(batches)
+        _keep_freed_memory()
         before = torch.get_num_threads()
         # Reductions and matrix products change with the number of threads inside an op; blocks are the parallelism here.
         torch.set_num_threads(1)
@@ -738,14 +751,21 @@ class _Engine:
         if reduction is None:
             raise AssertionError("a measuring run has a reduction")
         compute = _compute_dtype(program)
-        parts = []
+        total = None
         self._prepare(program, start, stop)
         for first, end in self._blocks(program, start, stop, compute):
             values = self._values(run, program, first, end, compute, None)
-            parts.append(reduction.block([values[result] for result in program.results]))
+            part = reduction.block([values[result] for result in program.results])
+            total = part if total is None else reduction.merge([total, part])
             report.bytes_in += _stored_bytes(program, end - first)
             self.progress(_stored_bytes(program, end - first), 0)
-        run.parts[index] = parts[0] if len(parts) == 1 else reduction.merge(parts)
+        with self.lock:
+            run.parts[index] = total
+            # In the order of the segments, whichever is done first; few wait, since they are taken in that order too.
+            while run.merged in run.parts:
+                part = run.parts.pop(run.merged)
+                run.total = part if run.merged == 0 else reduction.merge([run.total, part])
+                run.merged += 1
 
     def _prepare(self, program: _Program, start: int, stop: int) -> None:
         for load in program.loads:

@@ -34,7 +34,7 @@ Progress = Callable[[int], None]
 SMALL_FILE = 64 * 1024 * 1024
 DOWNLOADS = 4
 TRIES = 3
-_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO)
+_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO)
 _LOCAL = re.compile(r"\.{1,2}(/|$)|/|~")
 _PART = r"[A-Za-z0-9_](?:[A-Za-z0-9._-]*[A-Za-z0-9_])?"
 _REPOSITORY = re.compile(rf"({_PART}/{_PART})(?:@(.+))?", re.DOTALL)
@@ -612,7 +612,8 @@ def _translated(folder: HubFolder, where: str) -> Iterator[None]:
             ) from None
         raise MachineError(f"the hub answered with error {status}", where=where, fix=unavailable) from None
     except _network_errors() as error:
-        if isinstance(error, OSError) and error.errno in _DISK:
+        # Errors of sockets have no file name, and those of a full disk have none either.
+        if isinstance(error, OSError) and (error.errno in _DISK or error.filename is not None):
             raise MachineError(
                 f"cannot be written to the cache: {_reason(error)}",
                 where=where,

@@ -6,6 +6,7 @@ here about numbers or bytes: a step is called, its result handed to the next.
 
 from __future__ import annotations
 
+import gc
 import os
 import platform
 import signal
@@ -55,6 +56,19 @@ class Result:
     warnings: tuple[str, ...] = ()
 
 
+@contextmanager
+def _no_collection() -> Iterator[None]:
+    """No garbage collection: a plan is a million objects that all live on, and each round would look at every one again."""
+    was = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was:
+            gc.enable()
+
+
+@_no_collection()
 def open_models(recipe: Recipe) -> dict[str, Checkpoint]:
     """The headers of every model the recipe's outputs ask for. Raises all that fail, together."""
     models: dict[str, Checkpoint] = {}
@@ -72,6 +86,7 @@ def open_models(recipe: Recipe) -> dict[str, Checkpoint]:
     return models
 
 
+@_no_collection()
 def plan(recipe: Recipe, *, out: str | Path | None = None) -> Plan:
     """Everything headers can tell about a run of the recipe; no weight is read.
 
@@ -177,6 +192,10 @@ def run(
         return Result(target, made.digest, made=False, rows=len(made.rows), warnings=made.warnings)
     planned(made)
     budget = Budget.of(made, memory, threads)
+    clock.lap("budget")
+    import torch  # noqa: F401  here, so that what it takes is not counted as work
+
+    clock.lap("start_up")
     with _signals() as stop:
         staging = Staging.open(
             target,

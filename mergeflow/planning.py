@@ -262,8 +262,6 @@ class _NodeTable(_Table):
             self._extra_names()
         self._check_patterns()
         self._check_vocabulary()
-        self.always = node.op.uniform
-        self.policies = [policy for policy in (node.missing, node.mismatch, node.extra)]
         self.checked_quantised = False
 
     def at_input(self, index: int) -> str:
@@ -634,6 +632,7 @@ class _Planner:
         self.differences: dict[tuple[int, int], Expression] = {}
         self.wide: dict[int, bool] = {}
         self.ready: dict[Any, Op] = {}
+        self.measures: dict[int, bool] = {}
         self.keep: list[Any] = []
         self.vocabularies: dict[str, Any] = {}
         self.clashes: dict[tuple[str, str], str] = {}
@@ -677,10 +676,10 @@ class _Planner:
         """The op with its settings' values at a place, for the inputs that are kept; equal values share one op."""
         whole = len(kept) == len(everything)
         values: tuple[Any, ...]
+        key: Any = (id(op), len(kept)) if whole else None
+        if key in self.ready:
+            return self.ready[key]
         if whole and op.uniform:
-            key: Any = (id(op), len(kept))
-            if key in self.ready:
-                return self.ready[key]
             values = op.values_at(place, kept)
         else:
             values = op.values_at(place, kept)
@@ -714,7 +713,10 @@ class _Planner:
         return self.differences[key]
 
     def apply(self, op: Op, inputs: tuple[Expression, ...]) -> Apply:
-        made = Apply(op, inputs, Measure(op, (inputs,)) if op.measures else None)
+        if id(op) not in self.measures:
+            self.keep.append(op)
+            self.measures[id(op)] = op.measures
+        made = Apply(op, inputs, Measure(op, (inputs,)) if self.measures[id(op)] else None)
         self.wide[id(made)] = any(map(self.is_wide, inputs))
         self.keep.append(made)
         return made

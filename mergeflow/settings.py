@@ -80,90 +80,111 @@ _SETS: dict[str, Callable[[Place], bool]] = {
     "@blocks": lambda place: place.layers is not None,
     "@outside": lambda place: place.layers is None,
 }
-_RANGE = re.compile(r"(\d{1,9})-(\d{1,9})?")
-_LARGEST_RANGE = 100_000
+_NUMBERS = re.compile(r"(\d{1,9})(-)?(\d{1,9})?")
+_DIGITS = re.compile(r"(?<![0-9])(?:0|[1-9][0-9]*)(?![0-9])")
+
+Step = Callable[[str, int], int]
+"""From the places in a name where a pattern may have come to, to those after its next piece: bit n is before character n."""
 
 
 @lru_cache(maxsize=4096)
 def matcher(pattern: str) -> Callable[[Place], bool]:
     """The test for one glob: `*` crosses dots, `{0-3}` `{28-}` `{0,4,8}` are numbers, `{q,k}` alternatives; case counts.
 
+    Without braces it is a regular expression that never goes back; braces are followed in all their alternatives at once, since
+    a regular expression tries them one after the other, and a hostile pattern makes that take hours.
     Raises RecipeError for a pattern that cannot be read.
     """
     if pattern.startswith("@"):
         if pattern not in _SETS:
             raise RecipeError(f"unknown set '{pattern}'", fix=f"Sets are {', '.join(_SETS)}.")
         return _SETS[pattern]
-    fits = re.compile(_expression(pattern)).fullmatch
-    return lambda place: fits(place.name) is not None
-
-
-def _expression(pattern: str) -> str:
-    """The regular expression of a glob."""
     if not pattern:
         raise RecipeError("an empty pattern fits nothing", fix="Write '*' for every tensor.")
     if len(pattern) > 1000:
         raise RecipeError("a pattern is at most 1000 characters long")
-    *starts, last = [_literal(segment, pattern) for segment in re.split(r"\*+", pattern)]
-    if sum("(?:" in segment for segment in starts[1:]) > 3:
-        raise RecipeError(
-            f"'{pattern}' has braces between too many stars", fix="Write it as a list of simpler patterns."
-        )
-    if not starts:
-        return last
-    # The nearest fit of a plain segment never hides another, so it is atomic: matching stays linear, whatever the pattern.
-    middle = [f".*?{segment}" if "(?:" in segment else f"(?>.*?{segment})" for segment in starts[1:]]
-    return f"{starts[0]}{''.join(middle)}.*{last}"
+    if "{" not in pattern and "}" not in pattern:
+        fits = re.compile(_expression(pattern)).fullmatch
+        return lambda place: fits(place.name) is not None
+    steps = [_step(piece, pattern) for piece in re.split(r"(\*+|\{[^{}]*\})", pattern) if piece]
+    return lambda place: _follow(steps, place.name)
 
 
-def _literal(segment: str, pattern: str) -> str:
-    """The regular expression of what stands between two stars."""
-    pieces: list[str] = []
-    for piece in re.split(r"(\{[^{}]*\})", segment):
-        if piece.startswith("{") and piece.endswith("}"):
-            pieces.append(_braces(piece[1:-1], pattern))
-        elif "{" in piece or "}" in piece:
-            raise RecipeError(f"the braces of '{pattern}' do not close", fix="Write {0-3}, {28-}, {0,4,8} or {q,k,v}.")
-        else:
-            pieces.append(re.escape(piece))
-    return "".join(pieces)
+def _expression(pattern: str) -> str:
+    """The regular expression of a glob without braces: the nearest fit of a segment never hides another, so it is atomic."""
+    first, *others = map(re.escape, re.split(r"\*+", pattern))
+    if not others:
+        return first
+    *middle, last = others
+    return f"{first}{''.join(f'(?>.*?{segment})' for segment in middle)}.*{last}"
 
 
-def _braces(inside: str, pattern: str) -> str:
+def _follow(steps: Sequence[Step], name: str) -> bool:
+    """Whether the steps lead from the start of a name to its end."""
+    reached = 1
+    for step in steps:
+        reached = step(name, reached)
+        if not reached:
+            return False
+    return bool(reached >> len(name))
+
+
+def _step(piece: str, pattern: str) -> Step:
+    if piece.startswith("*"):
+        return lambda name, reached: (2 << len(name)) - (reached & -reached)
+    if piece.startswith("{") and piece.endswith("}"):
+        return _braces(piece[1:-1], pattern)
+    if "{" in piece or "}" in piece:
+        raise RecipeError(f"the braces of '{pattern}' do not close", fix="Write {0-3}, {28-}, {0,4,8} or {q,k,v}.")
+    return _words([piece])
+
+
+def _words(words: Iterable[str]) -> Step:
+    """Any of these words comes next."""
+    words = sorted(set(words))
+
+    def step(name: str, reached: int) -> int:
+        after = 0
+        if not reached & (reached - 1):  # one place only, as before the first star
+            start = reached.bit_length() - 1
+            for word in words:
+                after |= name.startswith(word, start) << start + len(word)
+            return after
+        for word in words:
+            start = name.find(word)
+            while start >= 0:
+                if reached >> start & 1:
+                    after |= 1 << start + len(word)
+                start = name.find(word, start + 1)
+        return after
+
+    return step
+
+
+def _braces(inside: str, pattern: str) -> Step:
     words = [word.strip() for word in inside.split(",")]
     if not all(words):
         raise RecipeError(f"empty braces in '{pattern}'", fix="Write {0-3}, {28-}, {0,4,8} or {q,k,v}.")
-    if not all(word.isascii() and (word.isdigit() or _RANGE.fullmatch(word)) for word in words):
-        return f"(?:{'|'.join(map(re.escape, words))})"
-    numbers = []
-    for word in words:
-        found = _RANGE.fullmatch(word)
-        if not found:
-            numbers.append(str(int(word)))
-        elif found[2] is None:
-            numbers.append(_at_least(int(found[1])))
-        else:
-            first, last = int(found[1]), int(found[2])
-            if first > last:
-                raise RecipeError(
-                    f"the range {{{word}}} in '{pattern}' runs backwards", fix=f"Write {{{last}-{first}}}."
-                )
-            if last - first > _LARGEST_RANGE:
-                raise RecipeError(f"the range {{{word}}} in '{pattern}' is too long", fix=f"Write {{{first}-}}.")
-            numbers.append("|".join(map(str, range(first, last + 1))))
-    # The borders keep a number whole: {1} does not fit the 1 of layers.10.
-    return rf"(?<!\d)(?:{'|'.join(numbers)})(?!\d)"
+    found = [_NUMBERS.fullmatch(word) if word.isascii() else None for word in words]
+    ranges = [(int(one[1]), int(one[3] or 10**512) if one[2] else int(one[1])) for one in found if one]
+    if len(ranges) < len(words):
+        return _words(words)
+    for first, last in ranges:
+        if first > last:
+            raise RecipeError(
+                f"the range {{{first}-{last}}} in '{pattern}' runs backwards", fix=f"Write {{{last}-{first}}}."
+            )
 
+    def step(name: str, reached: int) -> int:
+        """Whole numbers only: {1} does not fit the 1 of layers.10."""
+        after = 0
+        lowest = (reached & -reached).bit_length() - 1
+        for run in _DIGITS.finditer(name, lowest):
+            if reached >> run.start() & 1 and any(first <= int(run[0]) <= last for first, last in ranges):
+                after |= 1 << run.end()
+        return after
 
-def _at_least(least: int) -> str:
-    """A regular expression for the decimal numbers from `least` on."""
-    digits = str(least)
-    choices = [digits, rf"[1-9]\d{{{len(digits)},}}"]
-    for index, digit in enumerate(digits):
-        if digit != "9":
-            rest = len(digits) - index - 1
-            choices.append(rf"{digits[:index]}[{int(digit) + 1}-9]\d{{{rest}}}")
-    return "|".join(choices)
+    return step
 
 
 def matches(patterns: Sequence[str], place: Place) -> bool:
@@ -278,10 +299,12 @@ class Each(tuple[Any, ...]):
     __slots__ = ()
 
 
+def _is_rule(item: Any) -> bool:
+    return isinstance(item, Rule) or (isinstance(item, Mapping) and "gradient" not in item)
+
+
 def _shape(value: Any) -> str:
-    if isinstance(value, Each) or (
-        isinstance(value, list | tuple) and value and not any(isinstance(item, Mapping | Rule) for item in value)
-    ):
+    if isinstance(value, Each) or (isinstance(value, list | tuple) and value and not any(map(_is_rule, value))):
         return "each"
     if isinstance(value, list | tuple):
         return "rules"

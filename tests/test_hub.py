@@ -206,6 +206,38 @@ def test_each_thing_that_is_missing_has_its_own_message(server: HubServer, tmp_p
     assert "`hf auth login`" in texts[6]
 
 
+def test_a_damaged_copy_in_the_cache_and_an_unusable_cache_are_errors(
+    server: HubServer, tmp_path: pathlib.Path
+) -> None:
+    body = """
+        paths = open_checkpoint(locate("org/one", relative_to=here)).paths()
+        answer = str(paths["model.safetensors"])
+        """
+    path = ask(server, tmp_path, body)
+    os.truncate(path, 3000)
+    answer = ask(server, tmp_path, body)
+    assert answer["error"] == "InputError"
+    assert "its copy in the cache has 3000 bytes and the hub's has" in answer["text"]
+    assert f"Delete {path} and run again." in answer["text"]
+    (tmp_path / "file").write_text("")
+    answer = ask(server, tmp_path, body, HF_HOME=str(tmp_path / "file"))
+    assert answer["error"] == "MachineError"
+    assert "cannot be written to the cache" in answer["text"]
+
+
+def test_a_download_that_is_given_up_leaves_no_file_that_looks_whole(server: HubServer, tmp_path: pathlib.Path) -> None:
+    body = """
+        folder = locate("org/x", relative_to=here)
+        def stop(count):
+            raise KeyboardInterrupt
+        try:
+            folder.local(sorted(folder.names()), stop)
+        except KeyboardInterrupt:
+            answer = [path.name for path in (here / "hub").rglob("*.safetensors")]
+        """
+    assert ask(server, tmp_path, body) == []
+
+
 def test_the_token_goes_to_the_hub_and_not_to_its_store_of_blobs(server: HubServer, tmp_path: pathlib.Path) -> None:
     body = """
         checkpoint = open_checkpoint(locate("org/secret", relative_to=here))

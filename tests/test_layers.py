@@ -10,7 +10,8 @@ import pytest
 ROOT = pathlib.Path(__file__).parent.parent / "mergeflow"
 
 FLOORS: dict[int, str] = {
-    8: "cli __main__",
+    9: "__main__",
+    8: "cli",
     7: "pipeline",
     6: "inspecting schema reporting",
     5: "executing writing publishing",

@@ -78,13 +78,13 @@ def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
     return a.dtype == b.dtype and a.shape == b.shape and torch.equal(a.view(kind), b.view(kind))
 
 
-def close(got: torch.Tensor, want: Array, tolerance: float = 1e-6) -> None:
-    """Relative L2 distance, and no single element far off."""
+def close(got: torch.Tensor, want: Array, tolerance: float = 1e-6, terms: Array | None = None) -> None:
+    """Relative L2 distance, and no single element far off; `terms` is the size of what was summed, where it may cancel."""
     difference = got.double().numpy().reshape(-1) - np.asarray(want).reshape(-1)
-    norm = float(np.linalg.norm(want))
+    size = np.abs(want if terms is None else terms).reshape(-1)
     assert np.isfinite(difference).all()
-    assert np.linalg.norm(difference) <= tolerance * norm + 1e-12
-    assert np.abs(difference).max(initial=0) <= 1e-5 * max(float(np.abs(want).max(initial=0)), 1e-6)
+    assert np.linalg.norm(difference) <= tolerance * np.linalg.norm(size) + 1e-12
+    assert np.abs(difference).max(initial=0) <= 10 * tolerance * size.max(initial=1e-6)
 
 
 def normal(*shape: int, seed: int, dtype: torch.dtype = torch.float32, spread: float = 0.02) -> torch.Tensor:
@@ -134,7 +134,7 @@ def reference_ties(
         part = tau
         if density != 1:
             exact = density * n
-            k = {"floor": int(exact), "nearest": int(math.floor(exact + 0.5)), "ceil": math.ceil(exact)}[rounding]
+            k = {"floor": int(exact), "nearest": math.floor(exact + 0.5), "ceil": math.ceil(exact)}[rounding]
             part = reference_rescale(tau, reference_trim(tau, min(n, max(1, k))), rescale, density)
         products.append(weight * part)
     result = base.copy().reshape(-1)
@@ -175,10 +175,12 @@ def test_linear_is_the_weighted_mean(
         normal(*shape, seed=seed + i, dtype=torch.float64 if wide else torch.float32) for i in range(len(weights))
     ]
     op = Linear(weight=weights, normalize=normalize)
-    if normalize and abs(sum(weights)) < 1e-2 * sum(map(abs, weights)):
-        return  # cancelling weights magnify rounding, whoever computes
-    want = sum(w * x for w, x in zip(weights, doubles(*tensors), strict=True))
-    close(op(tensors), want / sum(weights) if normalize else want, 1e-6 * (1 + 100 * (not normalize)))
+    if normalize and abs(sum(weights)) < 1e-8:
+        return
+    divisor = sum(weights) if normalize else 1.0
+    inputs = doubles(*tensors)
+    want = sum(w * x for w, x in zip(weights, inputs, strict=True)) / divisor
+    close(op(tensors), want, terms=sum(np.abs(w * x) for w, x in zip(weights, inputs, strict=True)) / divisor)
 
 
 @quick
@@ -189,8 +191,11 @@ def test_task_arithmetic_and_add_are_weighted_sums_of_deltas(
     base, *tensors = [normal(*shape, seed=seed + i) for i in range(len(weights) + 1)]
     origin, *inputs = doubles(base, *tensors)
     want = origin + scale * sum(w * (x - origin) for w, x in zip(weights, inputs, strict=True))
-    close(TaskArithmetic(weight=weights, scale=scale)(base, tensors), want, 3e-6)
-    close(Add(weight=weights)(base, tensors), origin + sum(w * x for w, x in zip(weights, inputs, strict=True)), 3e-6)
+    terms = np.abs(origin) + sum(abs(scale * w) * np.abs(x - origin) for w, x in zip(weights, inputs, strict=True))
+    close(TaskArithmetic(weight=weights, scale=scale)(base, tensors), want, terms=terms)
+    want = origin + sum(w * x for w, x in zip(weights, inputs, strict=True))
+    terms = np.abs(origin) + sum(np.abs(w * x) for w, x in zip(weights, inputs, strict=True))
+    close(Add(weight=weights)(base, tensors), want, terms=terms)
 
 
 def test_task_arithmetic_divides_by_the_weights_when_asked() -> None:
@@ -213,8 +218,7 @@ def test_task_vector_scale_and_passthrough_are_elementwise() -> None:
 def test_slerp_goes_along_the_arc(t: float, shape: tuple[int, ...], seed: int, wide: bool) -> None:
     a, b = (normal(*shape, seed=seed + i, dtype=torch.float64 if wide else torch.float32) for i in range(2))
     got = Slerp(t=t)([a, b])
-    want = reference_slerp(*doubles(a, b), t)
-    close(got, want, 1e-6 * max(1.0, float(a.norm() + b.norm()) / (float(np.linalg.norm(want)) or 1.0)))
+    close(got, reference_slerp(*doubles(a, b), t), terms=np.abs(doubles(a)[0]) + np.abs(doubles(b)[0]))
 
 
 @pytest.mark.parametrize("t", [0.0, 0.25, 1.0])
@@ -243,9 +247,7 @@ def ties_cases(draw: st.DrawFn) -> dict[str, Any]:
         "base": values[0],
         "inputs": [values[0] + value for value in values[1:]],
         "weights": draw(st.lists(st.sampled_from([0.5, 1.0, 2.0, -1.0, 0.0, 0.75]), min_size=count, max_size=count)),
-        "densities": draw(
-            st.lists(st.sampled_from([0.01, 0.2, 0.25, 0.5, 0.9, 1.0]), min_size=count, max_size=count)
-        ),
+        "densities": draw(st.lists(st.sampled_from([0.01, 0.2, 0.25, 0.5, 0.9, 1.0]), min_size=count, max_size=count)),
         "options": {
             "rounding": draw(st.sampled_from(["floor", "nearest", "ceil"])),
             "rescale": draw(st.sampled_from(["none", "l1", "l2", "linf", "probability"])),
@@ -257,7 +259,7 @@ def ties_cases(draw: st.DrawFn) -> dict[str, Any]:
     }
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(case=ties_cases())
 def test_ties_is_what_a_sort_gives_in_every_variant(case: dict[str, Any]) -> None:
     base = torch.tensor(case["base"], dtype=case["dtype"])
@@ -285,9 +287,7 @@ def test_ties_of_weights_like_a_models_is_what_a_sort_gives(dtype: torch.dtype, 
     products = [reference_trim(tau, k) * w for tau, k, w in zip(deltas, kept, [0.5, 0.3, 0.7], strict=True)]
     want = reference_ties(doubles(base)[0], deltas, [0.5, 0.3, 0.7], [density] * 3)
     sure = np.abs(sum(products)) >= 1e-6 * sum(np.abs(product) for product in products)
-    got = in_blocks(
-        Ties(density=density, weight=[0.5, 0.3, 0.7]), [x.to(wide).reshape(-1) for x in (base, *inputs)], 1
-    )
+    got = in_blocks(Ties(density=density, weight=[0.5, 0.3, 0.7]), [x.to(wide).reshape(-1) for x in (base, *inputs)], 1)
     close(got.reshape(60, 50) * torch.from_numpy(sure), want * sure)
 
 
@@ -416,7 +416,9 @@ EVERY: list[tuple[Op, int]] = [
     (Passthrough(), 1),
     (Passthrough(scale=0.3), 1),
 ]
-each_op = pytest.mark.parametrize(("op", "count"), EVERY, ids=lambda value: repr(value) if isinstance(value, Op) else "")
+each_op = pytest.mark.parametrize(
+    ("op", "count"), EVERY, ids=lambda value: repr(value) if isinstance(value, Op) else ""
+)
 
 
 def arguments(op: Op, tensors: Sequence[torch.Tensor]) -> list[Any]:
@@ -445,8 +447,9 @@ def test_small_and_empty_tensors_keep_their_shape_and_are_finite(op: Op, count: 
 
 
 @each_op
-def test_inputs_are_never_written_to_nor_given_back(op: Op, count: int) -> None:
-    tensors = [normal(500, seed=i) for i in range(count + op.needs_base)]
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_inputs_are_never_written_to_nor_given_back(op: Op, count: int, dtype: torch.dtype) -> None:
+    tensors = [normal(500, seed=i, dtype=dtype) for i in range(count + op.needs_base)]
     before = [tensor.clone() for tensor in tensors]
     got = op(*arguments(op, tensors))
     got.fill_(7)
@@ -629,15 +632,14 @@ def test_settings_of_an_op_are_resolved_at_a_place() -> None:
 
 
 def test_every_op_of_the_list_is_described() -> None:
-    reserved = (
-        "op model inputs base name seed missing mismatch extra vocab non_finite only others dtype like artifact".split()
-    )
+    reserved = {"op", "model", "inputs", "base", "name", "seed", "missing", "mismatch", "extra", "vocab", "non_finite"}
+    reserved |= {"only", "others", "dtype", "like", "artifact"}
     assert len({op.name for op in OPS}) == len(OPS)
     for op in OPS:
         assert op.__doc__ and op.__doc__.split("\n")[0].endswith("."), op
         assert op.formula
         assert all(info.description for info in op.model_fields.values()), op
-        assert not set(op.model_fields) & set(reserved), op
+        assert not set(op.model_fields) & reserved, op
         assert op_named(op.name) is op
         assert op.takes != "model" or (op.fewest, op.most) == (1, 1)
     assert Unchanged not in OPS

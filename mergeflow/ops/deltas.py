@@ -359,7 +359,7 @@ def _bucket(counts: Tensor, need: int) -> tuple[int, int, int]:
 
 def _powers(delta: Tensor, norm: Rescale) -> Tensor:
     """What a norm sums: |x| or x^2, in float64."""
-    return delta.double().square_() if norm == "l2" else delta.abs().double()
+    return delta.double().square() if norm == "l2" else delta.abs().double()
 
 
 def _leaves(values: Tensor) -> Tensor:
