@@ -92,6 +92,12 @@ class Problems(MergeflowError):
         codes = {error.exit_code for error in self.errors}
         self.exit_code = next((code for code in (2, 3, 5, 6) if code in codes), max(codes, default=70))
 
+    def placed(self, where: str) -> Self:
+        """The same errors, each with `where` in front of its place."""
+        for error in self.errors:
+            error.placed(where)
+        return self
+
     def __str__(self) -> str:
         return "\n".join(str(error) for error in self.errors)
 

@@ -33,7 +33,7 @@ from mergeflow.digests import PIECE, tensor_digest
 from mergeflow.dtypes import BY_NAME, DType, torch_dtype
 from mergeflow.errors import InputError, Interrupted, MachineError, MergeflowError, NumericError, Problems, RecipeError
 from mergeflow.graph import Apply, Expression, Load, Measure, Plan
-from mergeflow.ops.base import LEAF, Block, Op, Reduction
+from mergeflow.ops.base import LEAF, SPREAD_RUN, SPREAD_RUNS, Block, Op, Reduction, spread
 
 if TYPE_CHECKING:
     import torch
@@ -97,13 +97,19 @@ class _Program:
     steps: tuple[_Step, ...]
     results: tuple[int, ...]
     live: int
-    """The greatest number of values that are held at once."""
+    """The greatest number of values that are held at once, and what an op with a measure makes of each of its inputs."""
 
     @property
     def loads(self) -> Iterator[Load]:
         for step in self.steps:
             if isinstance(step.expression, Load):
                 yield step.expression
+
+    @property
+    def measures(self) -> Iterator[Measure]:
+        for step in self.steps:
+            if isinstance(step.expression, Apply) and step.expression.measure is not None:
+                yield step.expression.measure
 
     @property
     def ops(self) -> Iterator[Op]:
@@ -144,7 +150,17 @@ def _program(results: Sequence[Expression]) -> _Program:
         most = max(most, live)
         live -= len(dropped)
         steps.append(_Step(expression, inputs, dropped))
-    return _Program(tuple(steps), kept, most)
+    made = max((len(one.inputs) for one in order if isinstance(one, Apply) and one.measure is not None), default=0)
+    return _Program(tuple(steps), kept, most + made)
+
+
+def _find_shared(program: _Program, found: dict[int, Measure]) -> None:
+    """Add a program's measures over several tensors to `found`, each after those that its own tensors need."""
+    for measure in program.measures:
+        if len(measure.over) > 1 and id(measure) not in found:
+            for inputs in measure.over:
+                _find_shared(_program(inputs), found)
+            found[id(measure)] = measure
 
 
 class _Files:
@@ -174,6 +190,10 @@ class _Files:
     def read(self, load: Load, start: int, stop: int) -> Tensor:
         """Elements [start, stop) of a stored tensor, flat, in its dtype."""
         return self.of[load.model, load.tensor.file].read(load.tensor, start, stop)
+
+    def spread(self, load: Load) -> Tensor:
+        """Up to a leaf of elements of a stored tensor, taken evenly (mergeflow.ops.base.spread)."""
+        return self.of[load.model, load.tensor.file].spread(load.tensor)
 
     def prepare(self, load: Load, start: int, stop: int) -> None:
         self.of[load.model, load.tensor.file].prepare(*_span(load.tensor, start, stop))
@@ -275,6 +295,18 @@ class _File:
             raw = torch.empty(end - first, dtype=torch.uint8)
             self._pread(_bytes(raw), first)
         return raw.view(torch_dtype(tensor.dtype))
+
+    def spread(self, tensor: StoredTensor) -> Tensor:
+        import torch
+
+        if tensor.elements <= LEAF:
+            self.prepare(*_span(tensor, 0, tensor.elements))
+            return self.read(tensor, 0, tensor.elements)
+        step, runs = tensor.elements // SPREAD_RUNS, []
+        for start in range(0, step * SPREAD_RUNS, step):
+            self.prepare(*_span(tensor, start, start + SPREAD_RUN))
+            runs.append(self.read(tensor, start, start + SPREAD_RUN))
+        return torch.cat(runs)
 
     def _pread(self, into: memoryview, offset: int) -> None:
         while into:
@@ -439,19 +471,14 @@ def _bytes(tensor: Tensor) -> memoryview:
 class _Run:
     """A row or a shared measure on its way: the measures it needs, round by round, then the segments that write it."""
 
-    def __init__(self, engine: _Engine, row: int | None, shared: Measure | None = None) -> None:
+    def __init__(self, engine: _Engine, row: int | None, measures: Sequence[Measure] = ()) -> None:
         self.engine, self.row = engine, row
         self.measured: dict[int, tuple[Any, ...]] = {}
-        self.measures: list[Measure] = []
+        self.measures = list(measures)
         self.program: _Program | None = None
-        if shared is not None:
-            self.measures = [shared]
-        elif row is not None:
+        if row is not None:
             self.program = _program([engine.plan.rows[row].expression])
-            for step in self.program.steps:
-                found = step.expression.measure if isinstance(step.expression, Apply) else None
-                if found is not None and id(found) not in engine.measured:
-                    self.measures.append(found)
+            self.measures = engine.unmeasured(self.program)
         self.reduction: Reduction | None = None
         self.parts: dict[int, Any] = {}
         self.total: Any = None
@@ -479,7 +506,11 @@ class _Run:
                 self.spans = [
                     (index, start, stop)
                     for index, inputs in enumerate(measure.over)
-                    for start, stop in self._segments(_elements(inputs), self.programs[index])
+                    for start, stop in (
+                        [(0, _elements(inputs))]
+                        if self.reduction.sample
+                        else self._segments(_elements(inputs), self.programs[index])
+                    )
                 ]
                 self.parts, self.total, self.merged = {}, None, 0
                 self.left = len(self.spans)
@@ -501,7 +532,7 @@ class _Run:
     @staticmethod
     def _segments(elements: int, program: _Program) -> list[tuple[int, int]]:
         """A whole tensor where an op needs it whole; at least one segment, so that an empty tensor is looked at too."""
-        step = max(elements, 1) if any(op.cut == "tensor" for op in program.ops) else SEGMENT
+        step = max(elements, 1) if not _divisible(program) else SEGMENT
         return [(start, min(start + step, elements)) for start in range(0, max(elements, 1), step)]
 
 
@@ -536,14 +567,30 @@ def block_of(program_live: int, compute_size: int, memory: int, threads: int, la
 def peak_memory(plan: Plan, memory: int, threads: int) -> int:
     """Bytes beyond an idle process that computing needs at most: the blocks of all threads, at the most demanding row."""
     worst = 0
+    programs: dict[Any, _Program] = {}
     for row in plan.rows:
-        program = _program([row.expression])
-        if any(op.cut == "tensor" for op in program.ops):
-            block = row.elements
-        else:
-            block = min(row.elements, block_of(program.live, row.compute.size, memory, threads))
-        worst = max(worst, (program.live + TEMPORARIES) * block * row.compute.size)
+        # A model has few kinds of rows: their programs are alike but for the tensors.
+        kind = _kind(row.expression, {})
+        program = programs.get(kind)
+        if program is None:
+            program = programs[kind] = _program([row.expression])
+        block = row.elements
+        if _divisible(program):
+            block = min(block, block_of(program.live, row.compute.size, memory, threads))
+        measures = max((op.measure_memory for op in program.ops if op.measures), default=0)
+        worst = max(worst, (program.live + TEMPORARIES) * block * row.compute.size + min(measures, 24 * row.elements))
     return worst * threads
+
+
+def _kind(expression: Expression, seen: dict[int, int]) -> Any:
+    """The form of an expression: its ops, and which of its parts are one and the same."""
+    known = seen.get(id(expression))
+    if known is not None:
+        return known
+    seen[id(expression)] = len(seen)
+    if isinstance(expression, Apply):
+        return (id(expression.op), *[_kind(one, seen) for one in expression.inputs])
+    return None
 
 
 class _Engine:
@@ -580,20 +627,25 @@ class _Engine:
         shared: dict[int, Measure] = {}
         for index in rows:
             mine: list[Load] = []
-            for step in _program([self.plan.rows[index].expression]).steps:
-                expression = step.expression
-                if isinstance(expression, Load):
-                    if id(expression) not in seen:
-                        seen.add(id(expression))
-                        mine.append(expression)
-                elif expression.measure is not None and len(expression.measure.over) > 1:
-                    shared[id(expression.measure)] = expression.measure
+            program = _program([self.plan.rows[index].expression])
+            for load in program.loads:
+                if id(load) not in seen:
+                    seen.add(id(load))
+                    mine.append(load)
             self.owned[index] = mine
-        self._work([_Run(self, None, measure)] for measure in shared.values())
+            _find_shared(program, shared)
+        for measure in shared.values():
+            below = (_Run(self, None, self.unmeasured(_program(inputs))) for inputs in measure.over)
+            self._work([run] for run in below if run.measures)
+            self._work([[_Run(self, None, [measure])]])
         self._work(self._batches(rows))
         if self.numeric:
             raise self.numeric[0] if len(self.numeric) == 1 else Problems(self.numeric)
         return self.report
+
+    def unmeasured(self, program: _Program) -> list[Measure]:
+        """The measures that a program needs and that are not known yet, each after those below it."""
+        return [measure for measure in program.measures if id(measure) not in self.measured]
 
     def _batches(self, rows: Sequence[int]) -> Iterator[list[_Run]]:
         """Rows as they are started: one at a time, small ones together, with the kernel reading ahead of them."""
@@ -734,7 +786,7 @@ class _Engine:
             raise
 
     def _blocks(self, program: _Program, start: int, stop: int, compute: DType) -> Iterator[tuple[int, int]]:
-        whole = any(op.cut == "tensor" for op in program.ops)
+        whole = not _divisible(program)
         block = (
             max(stop - start, 1)
             if whole
@@ -751,16 +803,21 @@ class _Engine:
         if reduction is None:
             raise AssertionError("a measuring run has a reduction")
         compute = _compute_dtype(program)
-        total = None
-        self._prepare(program, start, stop)
-        for first, end in self._blocks(program, start, stop, compute):
-            values = self._values(run, program, first, end, compute, None)
-            part = reduction.block([values[result] for result in program.results])
-            total = part if total is None else reduction.merge([total, part])
-            report.bytes_in += _stored_bytes(program, end - first)
-            self.progress(_stored_bytes(program, end - first), 0)
+        if reduction.sample and _divisible(program):
+            values = self._values(run, program, start, stop, compute, None, sample=True)
+            merged = [reduction.block([values[result] for result in program.results])]
+        else:
+            merged = []
+            self._prepare(program, start, stop)
+            for first, end in self._blocks(program, start, stop, compute):
+                values = self._values(run, program, first, end, compute, None)
+                given = [values[result] for result in program.results]
+                part = reduction.block([spread(one) for one in given] if reduction.sample else given)
+                merged = [reduction.merge([*merged, part])] if merged else [part]
+                report.bytes_in += _stored_bytes(program, end - first)
+                self.progress(_stored_bytes(program, end - first), 0)
         with self.lock:
-            run.parts[index] = total
+            run.parts[index] = merged[0]
             # In the order of the segments, whichever is done first; few wait, since they are taken in that order too.
             while run.merged in run.parts:
                 part = run.parts.pop(run.merged)
@@ -772,16 +829,24 @@ class _Engine:
             self.files.prepare(load, start, stop)
 
     def _values(
-        self, run: _Run, program: _Program, start: int, stop: int, compute: DType, raw: dict[int, Tensor] | None
+        self,
+        run: _Run,
+        program: _Program,
+        start: int,
+        stop: int,
+        compute: DType,
+        raw: dict[int, Tensor] | None,
+        *,
+        sample: bool = False,
     ) -> dict[int, Tensor]:
-        """The results of a program on a block; `raw`, if given, receives what was read."""
+        """The results of a program on a block, or on a sample of it; `raw`, if given, receives what was read."""
         values: dict[int, Tensor] = {}
         exact = _exact(program)
         dtype = None if exact else torch_dtype(compute)
         for position, step in enumerate(program.steps):
             expression = step.expression
             if isinstance(expression, Load):
-                stored = self.files.read(expression, start, stop)
+                stored = self.files.spread(expression) if sample else self.files.read(expression, start, stop)
                 if raw is not None:
                     raw[position] = stored
                 # A program without ops gives its tensor as it is stored.
@@ -826,6 +891,8 @@ class _Engine:
                 or (look_at_inputs and not all(_finite(one, None) for one in raw.values()))
             ):
                 self._not_finite(run.row, program)
+                # The row is never done and so never kept; its memory goes back, or a sink would run out of it.
+                self.sink.filled(run.row, start * size, stop * size)
                 return
             report.seconds["check"] += time.perf_counter() - clock
             into = _slices(pieces, first - start, end - start)
@@ -903,6 +970,11 @@ class _Engine:
 def _compute_dtype(program: _Program) -> DType:
     wide = any(load.tensor.dtype.name == "float64" for load in program.loads)
     return BY_NAME["float64" if wide else "float32"]
+
+
+def _divisible(program: _Program) -> bool:
+    """Whether any elements of a program's result can be computed from the same elements of its tensors."""
+    return all(op.cut == "element" for op in program.ops)
 
 
 def _exact(program: _Program) -> bool:
@@ -1000,6 +1072,11 @@ def execute(
             progress=progress,
             drop_behind=drop_behind,
         )
-        report = engine.run(rows)
+        try:
+            report = engine.run(rows)
+        except (NumericError, RecipeError, Problems):
+            # Values that are wrong because the file is another one now are no fault of the values.
+            files.check_unchanged()
+            raise
         files.check_unchanged()
     return report

@@ -113,7 +113,8 @@ class Plan:
     """Everything that headers can tell about a run.
 
     `recipe` is the resolved recipe; `models` are the opened checkpoints by the recipe's names; `spaces` says of each output
-    what its tensors are. `parts` are named digests of all that decides the result, `digest` a hex BLAKE3 over them.
+    what its tensors are; `loads` are all tensors that rows read, once each. `parts` are named digests of all that decides
+    the result, `digest` a hex BLAKE3 over them.
     """
 
     name: str
@@ -122,12 +123,18 @@ class Plan:
     rows: tuple[Row, ...]
     shards: tuple[Shard, ...]
     side_files: tuple[SideFile, ...]
+    loads: tuple[Load, ...] = ()
     equal: tuple[EqualTensors, ...] = ()
     warnings: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
     digest: str = ""
     parts: Mapping[str, str] = field(default_factory=dict)
     spaces: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def bytes_in(self) -> int:
+        """Bytes of all tensors that rows read, once each."""
+        return sum(load.tensor.nbytes for load in self.loads)
 
     @property
     def bytes_out(self) -> int:

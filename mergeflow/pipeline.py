@@ -22,14 +22,23 @@ from typing import TYPE_CHECKING, Any
 from mergeflow import __version__
 from mergeflow.checkpoint import Checkpoint, open_checkpoint
 from mergeflow.document import dump_yaml
-from mergeflow.errors import Interrupted, MachineError, MergeflowError, RecipeError, raise_all
+from mergeflow.errors import (
+    InputError,
+    Interrupted,
+    MachineError,
+    MergeflowError,
+    NumericError,
+    Problems,
+    RecipeError,
+    raise_all,
+)
 from mergeflow.graph import Apply, Plan, SideFile
 from mergeflow.hub import is_local, locate
 from mergeflow.ops.unchanged import Unchanged
 from mergeflow.planning import like_and_tokenizer, loads, make_plan, needed_models
 from mergeflow.publishing import side_files
 from mergeflow.recipe import Recipe
-from mergeflow.writing import MANIFEST, Finished, Staging, finished_digest, free_bytes, repair
+from mergeflow.writing import MANIFEST, Finished, Staging, finished_digest, free_bytes, refuse, repair
 
 if TYPE_CHECKING:
     from mergeflow.executing import Reading, Report
@@ -101,7 +110,9 @@ def plan(recipe: Recipe, *, out: str | Path | None = None) -> Plan:
         dtypes: dict[str, int] = {}
         for row in rows:
             dtypes[row.dtype.name] = dtypes.get(row.dtype.name, 0) + row.nbytes
-        used = {load.model for load in loads(*(row.expression for row in rows))}
+        used = {
+            load.model for load in (made.loads if len(recipe.outputs) == 1 else loads(*(r.expression for r in rows)))
+        }
         try:
             beside, lints = side_files(
                 output=output.key,
@@ -187,9 +198,11 @@ def run(
     target = Path(out) if out is not None else Path(recipe.name)
     repair(target)
     made = plan(recipe, out=target)
+    stamps = _stamps(made)
     clock.lap("plan")
     if not fresh and finished_digest(target) == made.digest:
         return Result(target, made.digest, made=False, rows=len(made.rows), warnings=made.warnings)
+    refuse(target, force)
     planned(made)
     budget = Budget.of(made, memory, threads)
     clock.lap("budget")
@@ -209,10 +222,18 @@ def run(
         )
         clock.lap("stage")
         with staging:
-            paths = _fetch(made, progress)
-            clock.lap("fetch")
-            report = _fill(made, paths, staging, budget, device, reading, stop, progress)
-            clock.lap("rows")
+            try:
+                paths = _fetch(made, stop, progress)
+                clock.lap("fetch")
+                report = _fill(made, paths, staging, budget, device, reading, stop, progress)
+                _check_stamps(stamps)
+                clock.lap("rows")
+            except (NumericError, RecipeError, InputError, Problems) as error:
+                # The same plan would end here again, and another one cannot go on from what it left; what a disk could
+                # not read this time it may read the next.
+                if not isinstance(error, InputError) or _changed(stamps):
+                    staging.discard()
+                raise
             finished = staging.finish()
             for file in made.side_files:
                 _write_side_file(staging, file, made.models)
@@ -297,19 +318,17 @@ class Budget:
         available = available_memory()
         memory = memory or max(total_memory() // 4, LEAST_MEMORY)
         if memory < LEAST_MEMORY:
-            raise RecipeError("mergeflow needs at least 64MiB", where="--memory", fix="Give it more.")
+            raise RecipeError("mergeflow needs at least 64MiB", where="--memory", fix="Write `--memory 64MiB` or more.")
         pool = min(max(memory // 4, 2**25), 2**27)
         compute, workers = memory - pool, threads_for(threads)
-        while peak_memory(made, compute, workers) > compute:
+        while (peak := peak_memory(made, compute, workers)) > compute:
             if workers == 1:
-                needed = (peak_memory(made, compute, 1) + pool) // 2**20 + 1
+                needed = (peak + pool) // 2**20 + 1
                 raise MachineError(
                     f"this plan needs {needed} MiB of memory", where="--memory", fix=f"Write `--memory {needed}MiB`."
                 )
             workers -= 1
-        read = sum(load.tensor.nbytes for load in loads(*(row.expression for row in made.rows)))
-        peak = pool + peak_memory(made, compute, workers)
-        return cls(pool, compute, workers, peak, drop_behind=read > available // 2)
+        return cls(pool, compute, workers, pool + peak, drop_behind=made.bytes_in > available // 2)
 
 
 def total_memory() -> int:
@@ -383,28 +402,66 @@ def _signals() -> Iterator[threading.Event]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-    if received:
-        raise Interrupted("stopped", signal_number=received[0], fix="Run the same command again.")
 
 
-def _fetch(made: Plan, progress: Progress) -> dict[tuple[str, str], Path]:
+def _fetch(made: Plan, stop: threading.Event, progress: Progress) -> dict[tuple[str, str], Path]:
     """The local files of everything that rows read, fetched where a hub has them."""
     wanted: dict[str, dict[str, None]] = {}
-    for load in loads(*(row.expression for row in made.rows)):
+    for load in made.loads:
         wanted.setdefault(load.model, {})[load.tensor.file] = None
     for pair in made.equal:
         for tensor in (pair.kept, pair.dropped):
             wanted.setdefault(pair.model, {})[tensor.file] = None
     paths: dict[tuple[str, str], Path] = {}
     for model, files in wanted.items():
-        folder = made.models[model].folder
-        total = sum(folder.size(name) for name in files)
+        checkpoint = made.models[model]
+        total = sum(checkpoint.files[name].size for name in files)
 
         def fetched(done: int, total: int = total) -> None:
             progress("fetch", done, total)
+            if stop.is_set():
+                raise Interrupted("stopped")
 
-        paths.update({(model, name): path for name, path in folder.local(list(files), fetched).items()})
+        try:
+            found = checkpoint.paths(files, fetched)
+        except MergeflowError:
+            if stop.is_set():  # whatever a download makes of being stopped
+                raise Interrupted("stopped") from None
+            raise
+        paths.update({(model, name): path for name, path in found.items()})
     return paths
+
+
+def _stamps(made: Plan) -> dict[Path, tuple[int, int]]:
+    """Size and time of change of the weights on this machine as they were planned with; a hub's have a revision."""
+    return {
+        path: _stamp(path)
+        for checkpoint in made.models.values()
+        if checkpoint.folder.revision is None
+        for path in checkpoint.folder.local(list(checkpoint.files)).values()
+    }
+
+
+def _stamp(path: Path) -> tuple[int, int]:
+    try:
+        status = path.stat()
+    except OSError:
+        return -1, -1
+    return status.st_size, status.st_mtime_ns
+
+
+def _changed(stamps: Mapping[Path, tuple[int, int]]) -> Path | None:
+    """The first file that is not what it was."""
+    return next((path for path, stamp in stamps.items() if _stamp(path) != stamp), None)
+
+
+def _check_stamps(stamps: Mapping[Path, tuple[int, int]]) -> None:
+    """Raises InputError where a file changed since it was planned with: its rows may be of either."""
+    path = _changed(stamps)
+    if path is not None:
+        raise InputError(
+            "the file changed while it was read", where=str(path), fix="Run again when nothing writes to it."
+        )
 
 
 def _below(key: str, file: str) -> str:
@@ -479,4 +536,10 @@ def foresee(
         raise MachineError(
             f"the output needs {made.bytes_out} bytes, and the disk has {free} free", where=str(out), fix="Make room."
         )
+    if finished_digest(out) == made.digest:
+        return replace(made, notes=(*made.notes, f"{out} is already made")), budget, free
+    try:
+        refuse(out, force=False)
+    except RecipeError as error:
+        made = replace(made, warnings=(*made.warnings, str(error)))
     return made, budget, free

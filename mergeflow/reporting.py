@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +18,7 @@ BYTES_A_SECOND = 1.0e9
 
 def plan_data(plan: Plan, *, threads: int, peak: int, free: int) -> dict[str, Any]:
     """A plan as JSON-ready data. `peak` and `free` are bytes of memory and of disk."""
-    once = sum(load.tensor.nbytes for load in loads(*(row.expression for row in plan.rows)))
-    read = sum(row_reads(plan))
+    read = bytes_read(plan)
     return {
         "name": plan.name,
         "digest": plan.digest,
@@ -50,7 +49,7 @@ def plan_data(plan: Plan, *, threads: int, peak: int, free: int) -> dict[str, An
             *({"output": s.output, "file": s.file, "bytes": s.size} for s in plan.shards),
             *({"output": s.output, "file": s.file} for s in plan.side_files),
         ],
-        "bytes_in": once,
+        "bytes_in": plan.bytes_in,
         "bytes_read": read,
         "bytes_out": plan.bytes_out,
         "bytes_free": free,
@@ -62,17 +61,20 @@ def plan_data(plan: Plan, *, threads: int, peak: int, free: int) -> dict[str, An
     }
 
 
-def row_reads(plan: Plan) -> Iterator[int]:
-    """Bytes that each row reads, a measured tensor once a round (two rounds are taken for what a measure needs)."""
-    for row in plan.rows:
-        rounds = 1
-        todo: list[Expression] = [row.expression]
-        while todo:
-            expression = todo.pop()
-            if isinstance(expression, Apply):
-                rounds += 2 * (expression.measure is not None)
-                todo += expression.inputs
-        yield rounds * sum(load.tensor.nbytes for load in loads(row.expression))
+def bytes_read(plan: Plan) -> int:
+    """Bytes that a run reads: each tensor once, and twice more what a measure looks at (rounds depend on the numbers)."""
+    total = plan.bytes_in
+    seen: set[int] = set()
+    todo: list[Expression] = [row.expression for row in plan.rows]
+    while todo:
+        expression = todo.pop()
+        if isinstance(expression, Apply) and id(expression) not in seen:
+            seen.add(id(expression))
+            todo += expression.inputs
+            if expression.measure is not None and id(expression.measure) not in seen:
+                seen.add(id(expression.measure))
+                total += 2 * sum(load.tensor.nbytes for inputs in expression.measure.over for load in loads(*inputs))
+    return total
 
 
 def expression_text(expression: Expression) -> str:

@@ -355,19 +355,22 @@ class _Parameter:
         return self.name if self.required else f"{self.name}={_scalar(self.default)}"
 
 
-def ops_table(markdown: bool = False) -> str:
-    """One line for each op: what it does, its formula and paper, its parameters with their defaults."""
+def ops_table(ops: Sequence[type[Op]] | None = None, *, markdown: bool = False) -> str:
+    """Each op (default: all there are): what it does, its formula and paper, its parameters with their defaults."""
     rows = []
-    classes = tuple(all_ops().values())
+    classes = tuple(ops or all_ops().values())
     sections = _definitions(classes)
     for op in classes:
         rows.append((op, " ".join(one.short for one in _parameters(op, sections))))
     if not markdown:
         width = max(len(op.name) for op, _ in rows)
-        lines = [
-            "  ".join(word for word in (f"{op.name:<{width}}", _summary(op), op.formula, op.paper or "", given) if word)
-            for op, given in rows
-        ]
+        lines = []
+        for op, given in rows:
+            facts = [op.formula, given, op.paper or ""]
+            lines += [
+                f"{op.name:<{width}}  {_summary(op)}",
+                f"{'':<{width}}  {' | '.join(fact for fact in facts if fact)}",
+            ]
         return "\n".join(lines) + "\n"
     lines = ["| op | what it does | formula | parameters | paper |", "| --- | --- | --- | --- | --- |"]
     for op, given in rows:

@@ -52,19 +52,21 @@ def _position(layers: Sequence[int], layer: int | None) -> float:
     return 0.0 if len(layers) == 1 else layers.index(layer or 0) / (len(layers) - 1)
 
 
+_LAYER = re.compile(r"(?:^|\.)([0-9]+)\.")
+"""The first all-digit component of a name that something follows."""
+
+
 def places(names: Iterable[str], vocab: Iterable[str] = ()) -> dict[str, Place]:
     """The place of each name. A stack is a prefix before the first all-digit component; expert numbers never count."""
     split: dict[str, tuple[str, int]] = {}
     stacks: dict[str, set[int]] = {}
     names = list(names)
     for name in names:
-        components = name.split(".")
-        for index, component in enumerate(components):
-            if component.isascii() and component.isdigit() and index + 1 < len(components):
-                stack = ".".join(components[:index])
-                split[name] = (stack, int(component))
-                stacks.setdefault(stack, set()).add(int(component))
-                break
+        found = _LAYER.search(name)
+        if found:
+            stack, number = name[: found.start()], int(found[1])
+            split[name] = (stack, number)
+            stacks.setdefault(stack, set()).add(number)
     layers = {stack: tuple(sorted(numbers)) for stack, numbers in stacks.items()}
     vocabulary = frozenset(vocab)
     return {
@@ -189,7 +191,10 @@ def _braces(inside: str, pattern: str) -> Step:
 
 def matches(patterns: Sequence[str], place: Place) -> bool:
     """Whether any of the patterns fits the place."""
-    return any(matcher(pattern)(place) for pattern in patterns)
+    for pattern in patterns:  # plans ask this for each tensor: no generator
+        if matcher(pattern)(place):
+            return True
+    return False
 
 
 def _readable(patterns: tuple[str, ...]) -> tuple[str, ...]:
@@ -380,14 +385,14 @@ def setting(default: Any, description: str) -> Any:
 
 def value_at(setting: Any, place: Place) -> Any:
     """The value of a setting at a place. Raises RecipeError where it has none."""
+    if not isinstance(setting, tuple):
+        return setting.at(place) if isinstance(setting, Gradient) else setting
     if isinstance(setting, Each):
-        return tuple(value_at(one, place) for one in setting)
-    if isinstance(setting, tuple):
-        for rule in setting:
-            if rule.match is None or matches(rule.match, place):
-                return value_at(rule.value, place)
-        raise RecipeError(f"no rule fits '{place.name}'", fix="End the list in a rule without `match`.")
-    return setting.at(place) if isinstance(setting, Gradient) else setting
+        return tuple([value_at(one, place) for one in setting])
+    for rule in setting:
+        if rule.match is None or matches(rule.match, place):
+            return value_at(rule.value, place)
+    raise RecipeError(f"no rule fits '{place.name}'", fix="End the list in a rule without `match`.")
 
 
 def constant(setting: Any) -> bool:

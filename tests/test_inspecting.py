@@ -16,6 +16,7 @@ from mergeflow.checkpoint import encode_header, open_checkpoint
 from mergeflow.dtypes import BY_NAME
 from mergeflow.hub import locate
 from mergeflow.inspecting import folded, inspect_model, inspect_text
+from mergeflow.settings import Place, matcher
 
 Tensors = Mapping[str, tuple[str, tuple[int, ...]]]
 
@@ -240,6 +241,8 @@ def test_numbers_that_make_no_full_grid_are_never_folded_over_what_is_not_there(
         "a.0.1.w": ["a.0.1.w"],
         "b.{0,4,8-9}.w": ["b.0.w", "b.4.w", "b.8.w", "b.9.w"],
     }
+    fits = {name: [one["name"] for one in tensors if matcher(name)(Place(one["name"]))] for name in found}
+    assert fits == {name: [one["name"] for one in held] for name, held in found.items()}, "a line is a pattern"
 
 
 def test_shapes_and_dtypes_that_differ_stay_apart() -> None:

@@ -559,7 +559,7 @@ def test_spaces_that_do_not_go_together_are_refused_with_the_sentence_that_mends
         (Linear(), None, ["weight", "delta"], "mixes delta and weight"),
         (TaskVector(), "weight", ["delta"], "subtracts a base"),
         (TaskVector(), "delta", ["weight"], "subtracts a base"),
-        (Ties(), "delta", ["weight"], "base of ties is delta"),
+        (Ties(), "delta", ["weight"], "base of ties is a delta"),
         (Ties(), "weight", ["statistics"], "cannot use statistics"),
         (Add(), "weight", ["delta", "weight"], "adds deltas"),
     ):

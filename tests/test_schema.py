@@ -320,10 +320,10 @@ def test_making_the_schema_is_quick_and_needs_no_torch() -> None:
     raise AssertionError(f"{best} s")
 
 
-def test_the_table_has_a_line_for_each_op_with_its_parameters() -> None:
+def test_the_table_has_each_op_with_its_parameters() -> None:
     lines = ops_table().splitlines()
-    assert [line.split()[0] for line in lines[: len(OPS)]] == [op.name for op in OPS]
-    ties = lines[[op.name for op in OPS].index("ties")]
+    assert [line.split()[0] for line in lines[: 2 * len(OPS) : 2]] == [op.name for op in OPS]
+    ties = lines[2 * [op.name for op in OPS].index("ties") + 1]
     assert "arXiv:2306.01708" in ties and "density=1.0" in ties and "rescale=none" in ties and "theta_0" in ties
 
 

@@ -27,6 +27,8 @@ from mergeflow.dtypes import BY_NAME, DType
 from mergeflow.errors import ClaimedError, InputError, MachineError, MergeflowError, RecipeError
 from mergeflow.graph import Row, Shard
 from mergeflow.writing import MANIFEST, Finished, Staging, finished_digest, free_bytes, repair
+from mergeflow.writing import staging as module
+from mergeflow.writing.claim import Holder
 
 ROOT = Path(__file__).parent.parent
 SMALL = 4096  # bytes of an extent in most tests: the smallest that can be written directly
@@ -387,7 +389,7 @@ def test_force_replaces_an_output_and_leaves_nothing_of_it(
     shards, rows = three
     make_output(target)
     if not exchange:
-        monkeypatch.setattr("mergeflow.writing._rename", refused_rename)
+        monkeypatch.setattr("mergeflow.writing.staging.rename", refused_rename)
     with opened(target, shards, rows, force=True) as staging:
         fill_all(staging, rows)
         assert (target / "old.txt").exists()
@@ -464,6 +466,18 @@ def test_the_finished_digest_is_the_manifests_or_none(tmp_path: Path) -> None:
     for text in ("", "[]", '{"plan": 3}', "[" * 100_000):
         (tmp_path / "a" / MANIFEST).write_text(text)
         assert finished_digest(tmp_path / "a") is None
+
+
+def test_the_finished_digest_of_several_outputs_is_that_of_each(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        (tmp_path / "out" / name).mkdir(parents=True)
+        (tmp_path / "out" / name / MANIFEST).write_text('{"plan": "d1"}')
+    assert finished_digest(tmp_path / "out") == "d1"
+    (tmp_path / "out/b" / MANIFEST).write_text('{"plan": "d2"}')
+    assert finished_digest(tmp_path / "out") is None, "two outputs of a person, not one of ours"
+    (tmp_path / "out/b" / MANIFEST).write_text('{"plan": "d1"}')
+    (tmp_path / "out/thesis.tex").touch()
+    assert finished_digest(tmp_path / "out") is None
 
 
 # Going on after a run that did not end.
@@ -574,8 +588,8 @@ import os, sys, time
 from pathlib import Path
 sys.path[:0] = [{root!r}, {tests!r}]
 from test_writing import KILLED, fill, layout, opened
-import mergeflow.writing as writing
-writing.SYNC_BYTES, writing.SYNC_SECONDS = 20_000, 0.005
+from mergeflow.writing import staging as module
+module.SYNC_BYTES, module.SYNC_SECONDS = 20_000, 0.005
 shards, rows = layout(KILLED)
 
 def run(target, note, manifest):
@@ -693,9 +707,7 @@ def test_of_many_that_claim_at_once_exactly_one_wins(target: Path, three: tuple[
 
 
 def leave_claim(target: Path, number: int = 3, age: float = 0, **fields: Any) -> Path:
-    from mergeflow.writing import _Holder
-
-    here = _Holder.here()
+    here = Holder.here()
     path = staging_of(target) / f"claim.{number}"
     path.write_text(json.dumps({"host": here.host, "world": here.world, "pid": here.pid, "start": here.start} | fields))
     os.utime(path, (time.time() - age, time.time() - age))
@@ -731,7 +743,7 @@ def test_a_stale_claim_is_taken_over_and_a_live_one_is_not(
 def test_a_claim_without_text_is_stale_after_a_moment(
     target: Path, three: tuple[list[Shard], list[Row]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("mergeflow.writing.UNREADABLE_SECONDS", 0.1)
+    monkeypatch.setattr("mergeflow.writing.claim.UNREADABLE_SECONDS", 0.1)
     staging_of(target).mkdir()
     (staging_of(target) / "claim.7").touch()
     opened(target, *three).discard()
@@ -740,7 +752,7 @@ def test_a_claim_without_text_is_stale_after_a_moment(
 def test_a_run_whose_claim_was_taken_over_stops(
     target: Path, three: tuple[list[Shard], list[Row]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("mergeflow.writing.BEAT_SECONDS", 0.02)
+    monkeypatch.setattr("mergeflow.writing.claim.BEAT_SECONDS", 0.02)
     with opened(target, *three) as staging:
         next(staging_of(target).glob("claim.*")).unlink()
         with pytest.raises(ClaimedError, match="took this output over"):
@@ -854,7 +866,7 @@ def test_a_disk_too_small_is_found_before_the_work_and_nothing_stays_reserved(
     tiny_disk: Path, monkeypatch: pytest.MonkeyPatch, promise: bool
 ) -> None:
     if not promise:
-        monkeypatch.setattr("mergeflow.writing._allocate", lambda fd, size: False)
+        monkeypatch.setattr("mergeflow.writing.shards.allocate", lambda fd, size: False)
     shards, rows = layout({f"m{i}.safetensors": [("uint8", (600_000,))] for i in range(3)})
     before = free_bytes(tiny_disk)
     with pytest.raises(
@@ -875,7 +887,7 @@ def test_a_disk_too_small_is_found_before_the_work_and_nothing_stays_reserved(
 def test_a_disk_that_fills_up_in_between_says_so_and_the_run_goes_on_later(
     tiny_disk: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("mergeflow.writing._allocate", lambda fd, size: False)
+    monkeypatch.setattr("mergeflow.writing.shards.allocate", lambda fd, size: False)
     shards, rows = layout({"m.safetensors": [("uint8", (60_000,))] * 10})
     with pytest.raises(MachineError, match="the disk is too small"), opened(tiny_disk / "out", shards, rows) as staging:
         (tiny_disk / "other").write_bytes(bytes(700_000))
@@ -893,12 +905,10 @@ def test_a_disk_that_fills_up_in_between_says_so_and_the_run_goes_on_later(
 def test_a_commit_that_cannot_be_made_durable_is_undone(
     target: Path, three: tuple[list[Shard], list[Row]], monkeypatch: pytest.MonkeyPatch, force: bool
 ) -> None:
-    import mergeflow.writing as writing
-
     shards, rows = three
     if force:
         make_output(target)
-    sync = writing._sync_path
+    sync = module.sync_path
 
     def failing(path: Path) -> None:
         if path == target.parent and (target / "model-1.safetensors").exists():
@@ -907,7 +917,7 @@ def test_a_commit_that_cannot_be_made_durable_is_undone(
 
     with opened(target, shards, rows, force=force) as staging:
         fill_all(staging, rows)
-        monkeypatch.setattr(writing, "_sync_path", failing)
+        monkeypatch.setattr(module, "sync_path", failing)
         with pytest.raises(MachineError, match="Input/output error"):
             staging.publish()
     monkeypatch.undo()

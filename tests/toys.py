@@ -28,7 +28,9 @@ def arrays(seed: int, *, rows: int = 8, layers: int = 2, like: Arrays | None = N
     shapes |= {f"model.layers.{i}.mlp.weight": (4, 4) for i in range(layers)}
     shapes["model.norm.weight"] = (4,)
     made = {name: draw.standard_normal(shape).astype(np.float32) for name, shape in shapes.items()}
-    return made if like is None else {name: (like[name] + 0.1 * value).astype(np.float32) for name, value in made.items()}
+    return (
+        made if like is None else {name: (like[name] + 0.1 * value).astype(np.float32) for name, value in made.items()}
+    )
 
 
 def write_model(

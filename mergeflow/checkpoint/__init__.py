@@ -85,6 +85,8 @@ def open_checkpoint(folder: Folder, *, file: str | None = None) -> Checkpoint:
         _check_chosen(folder, file)
     index = _read_index(folder, name) if name.endswith(".index.json") else None
     files = sorted(set(index.values())) if index is not None else [name]
+    if index is not None:
+        _check_there(folder, files, name)
     headers = _read_headers(folder, files)
     tensors: dict[str, StoredTensor] = {}
     metadata: dict[str, str] = {}
@@ -104,6 +106,19 @@ def open_checkpoint(folder: Folder, *, file: str | None = None) -> Checkpoint:
     if config is not None and not isinstance(config, dict):
         raise InputError("is not a JSON object", where=place_of(folder, "config.json"))
     return Checkpoint(folder, tensors, {weights.name: weights for weights, _, _ in headers}, config, metadata)
+
+
+def _check_there(folder: Folder, files: Iterable[str], index: str) -> None:
+    """Each file that an index names must be there."""
+    errors: list[MergeflowError] = []
+    for name in files:
+        try:
+            folder.size(name)
+        except InputError as error:
+            if error.what.startswith("no such file"):
+                error.fix = f"{index} names it: fetch the whole model again."
+            errors.append(error)
+    raise_all(errors)
 
 
 def _usual_file(folder: Folder) -> str:

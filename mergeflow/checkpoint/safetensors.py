@@ -173,7 +173,7 @@ def _is_unicode(text: str) -> bool:
 def _tensor(name: str, entry: Any, data_start: int, file: str, where: str) -> StoredTensor:
     """One entry of a header, checked by itself."""
 
-    def wrong(what: str, fix: str = "") -> InputError:
+    def wrong(what: str, fix: str = AGAIN) -> InputError:
         shown = name if len(name) <= 80 else f"{name[:80]}..."
         return InputError(f"tensor '{shown}' {what}", where=where, fix=fix)
 

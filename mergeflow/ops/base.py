@@ -46,17 +46,32 @@ class Block:
 class Reduction(ABC):
     """One round of a measure: a partial result for each block, merged in the order of the blocks, finished once."""
 
+    sample: ClassVar[bool] = False
+    """Whether the round is given `spread` values instead of all: it guides later rounds, and changes no result."""
+
     @abstractmethod
-    def block(self, inputs: Sequence[Tensor]) -> Tensor:
+    def block(self, inputs: Sequence[Tensor]) -> Any:
         """The partial result of a block; `inputs` are flat, of equal length, whole leaves but for the last."""
 
     @abstractmethod
-    def merge(self, parts: Sequence[Tensor]) -> Tensor:
+    def merge(self, parts: Sequence[Any]) -> Any:
         """Partial results of neighbouring blocks as one; associative to the last bit."""
 
     @abstractmethod
-    def finish(self, total: Tensor) -> Any:
+    def finish(self, total: Any) -> Any:
         """What the next round and `Op.compute` are given."""
+
+
+SPREAD_RUNS, SPREAD_RUN = 64, 1024
+"""How many runs of neighbouring elements a sample has, and how long each is: `LEAF` elements in all."""
+
+
+def spread(tensor: Tensor) -> Tensor:
+    """Up to `LEAF` elements of a flat tensor, in runs that are spread evenly over it."""
+    if len(tensor) <= LEAF:
+        return tensor
+    step = len(tensor) // SPREAD_RUNS
+    return tensor[: step * SPREAD_RUNS].view(SPREAD_RUNS, step)[:, :SPREAD_RUN].reshape(-1)
 
 
 class Op(BaseModel, ABC):
@@ -84,6 +99,8 @@ class Op(BaseModel, ABC):
     """Same bytes on any x86-64 with AVX2 or better; otherwise on the same processor only."""
     shows_non_finite: ClassVar[bool] = True
     """Whether a NaN or Inf in any input always leaves one in the result, so that looking at the result is enough."""
+    measure_memory: ClassVar[int] = 0
+    """Bytes that the measure of one tensor holds at most, beside its blocks."""
     exact: ClassVar[bool] = False
     """Whether inputs are given as stored, not in the compute dtype."""
 
@@ -203,7 +220,7 @@ class DeltaOp(Op):
         """Weights and deltas may stand together as inputs; the base is a weight, and so is the result."""
         if base != "weight":
             raise RecipeError(
-                f"the base of {self.name} is {base or 'missing'}, not a weight",
+                f"the base of {self.name} is {f'a {base}' if base else 'missing'}, not a weight",
                 fix="A base must be a model or a node that gives weights.",
             )
         wrong = [space for space in inputs if space not in ("weight", "delta")]
@@ -251,7 +268,8 @@ def measure(op: Op, blocks: Sequence[Sequence[Tensor]]) -> tuple[Any, ...]:
     """All rounds of an op's measure over tensors that are at hand; the executor does the same without holding them."""
     known: tuple[Any, ...] = ()
     while (reduction := op.reduction(known)) is not None:
-        known = (*known, reduction.finish(reduction.merge([reduction.block(inputs) for inputs in blocks])))
+        given = [[spread(one) for one in inputs] for inputs in blocks] if reduction.sample else blocks
+        known = (*known, reduction.finish(reduction.merge([reduction.block(inputs) for inputs in given])))
     return known
 
 

@@ -1,10 +1,12 @@
 """The shared parts of ops on deltas: weighting, trim, vote, rescale.
 
-Trim is a radix selection over the bits of |tau|, which order as the numbers do: a histogram of the leading 15 or 16
-bits, then of the next digit within the bucket that holds the threshold, until its bits are known. Elements equal to
-the threshold are kept from the lowest index on, for which a last round counts them leaf by leaf (deltas of bfloat16
-models tie in masses). So no sort and no copy of the tensor is needed, and the result is exact. NaN has larger bits
-than any number: it is kept, and seen.
+Trim selects over the bits of |tau|, which order as the numbers do, exactly, without a sort or a copy of the tensor.
+A small sample brackets the threshold; one pass counts the elements above the bracket and collects the few inside, among
+which the threshold then is. Where the sample misled, or the bracket holds masses, a radix selection decides: a histogram
+of the leading 15 or 16 bits, then of the next digit within the bucket that holds the threshold, until its bits are known.
+(The radix alone reads the deltas twice, and a third time where they tie: with the bracket first, TIES of bfloat16 models
+took two thirds of the time.) Elements equal to the threshold are kept from the lowest index on, for which they are
+counted leaf by leaf: deltas of bfloat16 models tie in masses. NaN has larger bits than any number: it is kept, and seen.
 
 All of it is made of elementwise operations, counts, and sums in a fixed order, so it gives the same bytes on every
 processor.
@@ -16,12 +18,14 @@ import math
 import struct
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Literal
+from itertools import chain, pairwise
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from mergeflow.errors import RecipeError
 from mergeflow.ops.base import LEAF, Block, Reduction, weighted_sum
 
 if TYPE_CHECKING:
+    from numpy.typing import NDArray
     from torch import Tensor
 
 Rounding = Literal["floor", "nearest", "ceil"]
@@ -124,11 +128,16 @@ def trimming(
 ) -> Reduction | None:
     """The next round of finding the thresholds of deltas; the inputs of its blocks are the base and the deltas.
 
-    Each round knows a `Threshold` for each delta, or None for one of density 1, which is not trimmed.
+    The first round knows a bracket for each delta, later ones a `Threshold`, or None for a delta of density 1, which is
+    not trimmed. The second knows None where a bracket did not hold the threshold.
     """
     if all(density == 1 for density in densities):
         return None
     if not known:
+        return _Brackets(tuple(densities))
+    if len(known) == 1:
+        return _Inside(tuple(densities), rounding, known[0], count_leaves=rescale not in ("l1", "l2"))
+    if known[-1] is None:
         return _Leading(tuple(densities), rounding)
     found: tuple[Threshold | None, ...] = known[-1]
     if any(one and one.open for one in found):
@@ -201,6 +210,157 @@ def agreeing(products: Sequence[Tensor], weights: Sequence[float], *, vote: Vote
     elif divisor is not None:
         total.div_(divisor.masked_fill_(divisor.abs() < _TINY, math.inf).to(total.dtype))
     return total.mul_(elected)
+
+
+_MARGIN = 0.005
+"""How far the bracket reaches to each side of the threshold, as a share of the elements: two and a half standard errors
+of a sample of `LEAF` elements at the worst density, since a wider one costs more than a rare miss."""
+_MOST_INSIDE = 1 << 22
+"""Elements that are collected at most, of all deltas of a tensor."""
+MEASURE_MEMORY = 6 * _MOST_INSIDE
+"""Bytes that a trim's measure holds at most: what is collected, and what choosing among it takes."""
+
+_Bracket = tuple[int, int]
+"""The lowest and the highest magnitude inside, as integers."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Brackets(Reduction):
+    """Brackets of the thresholds, from the order of a sample's magnitudes."""
+
+    sample: ClassVar[bool] = True
+
+    densities: tuple[float, ...]
+
+    def block(self, inputs: Sequence[Tensor]) -> Tensor:
+        import torch
+
+        return torch.stack([_magnitude(delta) for delta in inputs[1:]])
+
+    def merge(self, parts: Sequence[Tensor]) -> Tensor:
+        import torch
+
+        return torch.cat(list(parts), dim=1)
+
+    def finish(self, total: Tensor) -> tuple[_Bracket | None, ...]:
+        import numpy as np
+
+        return tuple(
+            None if density == 1 else _bracket(np.asarray(row.cpu()), density)
+            for row, density in zip(total, self.densities, strict=True)
+        )
+
+
+def _bracket(sample: NDArray[Any], density: float) -> _Bracket:
+    """The magnitudes between which the element is that `density` keeps last, judged by a sample."""
+    import numpy as np
+
+    size, reach = len(sample), int(_MARGIN * len(sample)) + 8
+    first, last = int(density * size) - reach, int(density * size) + reach
+    return (
+        _nth_largest(sample, last) if last <= size else 0,
+        _nth_largest(sample, first) if first > 0 else int(np.iinfo(sample.dtype).max),
+    )
+
+
+def _nth_largest(values: NDArray[Any], n: int) -> int:
+    """The n-th largest of some integers >= 0, by digits of 16 bits: masses of equal ones, which partitioning
+    algorithms are slow at, cost nothing here.
+    """
+    import numpy as np
+
+    found, bits = 0, int(values.max()).bit_length()
+    while True:
+        bits = max(bits - 16, 0)
+        digits = values >> bits
+        from_top = np.bincount(digits)[::-1].cumsum()
+        above = int(np.searchsorted(from_top, n))
+        digit = len(from_top) - 1 - above
+        found += digit << bits
+        if bits == 0:
+            return found
+        n -= int(from_top[above - 1]) if above else 0
+        values = values[digits == digit] - (digit << bits)
+
+
+@dataclass(frozen=True, slots=True)
+class _Collected:
+    """What a stretch of blocks holds of each bracketed delta: elements above, those inside by leaf, and their values.
+
+    Values are magnitudes above the bracket's lowest, as integers.
+    """
+
+    elements: int
+    above: tuple[int, ...]
+    by_leaf: tuple[tuple[NDArray[Any], ...], ...]
+    values: tuple[tuple[NDArray[Any], ...], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class _Inside(Reduction):
+    """The elements inside each bracket, among which the threshold is chosen; None where they are too many to hold."""
+
+    densities: tuple[float, ...]
+    rounding: Rounding
+    brackets: tuple[_Bracket | None, ...]
+    count_leaves: bool
+
+    def block(self, inputs: Sequence[Tensor]) -> _Collected | None:
+        import numpy as np
+
+        above, by_leaf, values = [], [], []
+        for delta, bracket in zip(inputs[1:], self.brackets, strict=True):
+            if bracket is None:
+                continue
+            low, high = bracket
+            array = np.asarray(_magnitude(delta).sub_(low).cpu())
+            # Below the bracket is negative, which is large as an unsigned number: one comparison finds what is inside.
+            inside = array.view(f"u{array.itemsize}") <= high - low
+            above.append(int(np.count_nonzero(array > high - low)))
+            starts = range(0, len(array), LEAF)
+            by_leaf.append((np.array([np.count_nonzero(inside[start : start + LEAF]) for start in starts], np.int64),))
+            values.append((array.compress(inside),))
+        return _Collected(len(inputs[0]), tuple(above), tuple(by_leaf), tuple(values))
+
+    def merge(self, parts: Sequence[_Collected | None]) -> _Collected | None:
+        sound = [part for part in parts if part is not None]
+        values = [tuple(chain.from_iterable(one)) for one in zip(*(part.values for part in sound), strict=True)]
+        if len(sound) < len(parts) or sum(len(part) for one in values for part in one) > _MOST_INSIDE:
+            return None
+        return _Collected(
+            sum(part.elements for part in sound),
+            tuple(map(sum, zip(*(part.above for part in sound), strict=True))),
+            tuple(tuple(chain.from_iterable(one)) for one in zip(*(part.by_leaf for part in sound), strict=True)),
+            tuple(values),
+        )
+
+    def finish(self, total: _Collected | None) -> tuple[Threshold | None, ...] | None:
+        import numpy as np
+
+        if total is None:
+            return None
+        collected = zip(total.above, total.by_leaf, total.values, strict=True)
+        found: list[Threshold | None] = []
+        for density, bracket in zip(self.densities, self.brackets, strict=True):
+            if bracket is None:
+                found.append(None)
+                continue
+            above, by_leaf, parts = next(collected)
+            values = np.concatenate(parts)
+            need = kept_of(total.elements, density, self.rounding) - above if total.elements else 1
+            if not 0 < need <= len(values):
+                return None
+            value = _nth_largest(values, need)
+            at = values == value
+            need -= int(np.count_nonzero(values > value))
+            one = Threshold(values.itemsize == 8, bracket[0] + value, 0, need, int(np.count_nonzero(at)))
+            if self.count_leaves:
+                ends = np.concatenate(by_leaf).cumsum().tolist()
+                ties = np.array([np.count_nonzero(at[start:end]) for start, end in pairwise([0, *ends])]).cumsum()
+                leaf = int(np.count_nonzero(ties <= need))
+                one = replace(one, leaf=leaf, rest=need - (int(ties[leaf - 1]) if leaf else 0))
+            found.append(one)
+        return tuple(found)
 
 
 class _Counts(Reduction):

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from pydantic import Field
 
 from mergeflow.ops.base import Block, DeltaOp, Reduction, number, numbers
-from mergeflow.ops.deltas import Rescale, Rounding, Vote, agreeing, scaled, trimmed, trimming
+from mergeflow.ops.deltas import MEASURE_MEMORY, Rescale, Rounding, Vote, agreeing, scaled, trimmed, trimming
 from mergeflow.settings import Flag, Fraction, Number, PerInput, Setting, setting
 
 if TYPE_CHECKING:
@@ -32,6 +32,7 @@ class Ties(DeltaOp):
     formula = "theta_0 + s sum_i m_i w_i trim(tau_i) / sum_i m_i w_i"
     paper = "arXiv:2306.01708"
     shows_non_finite = False
+    measure_memory = MEASURE_MEMORY
 
     weight: PerInput[Number] = setting(1.0, "Multiplies this delta, before the vote.")
     density: PerInput[Fraction] = setting(1.0, "Part of this delta's entries to keep, the largest first.")

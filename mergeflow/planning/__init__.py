@@ -1,0 +1,56 @@
+"""A recipe and the headers of its models become a plan: the only place that knows both.
+
+Each model (`models.py`) and each node (`nodes.py`) is a table from tensor names to expressions; a node's table asks the tables
+below it, tensor by tensor, only for what an output asks of it, and keeps each expression that it made, so that what two rows
+share is one object. Everything that headers can show is found here, before a weight is read, and reported together: problems
+of one kind at one input are one line with a count, not a line for each tensor (`findings.py`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from mergeflow.checkpoint import Checkpoint
+from mergeflow.graph import Plan
+from mergeflow.planning.expressions import loads
+from mergeflow.planning.models import EMBEDDINGS, HEADS, QUANTISED, SPACE_KEY
+from mergeflow.planning.planner import Planner, default_like
+from mergeflow.recipe import Output, Recipe
+
+__all__ = [
+    "EMBEDDINGS",
+    "HEADS",
+    "QUANTISED",
+    "SPACE_KEY",
+    "like_and_tokenizer",
+    "loads",
+    "make_plan",
+    "needed_models",
+]
+
+
+def make_plan(recipe: Recipe, models: Mapping[str, Checkpoint]) -> Plan:
+    """The plan of a recipe. `models` holds the opened checkpoint of each of `needed_models(recipe)`.
+
+    Raises every problem that headers can show, together.
+    """
+    return Planner(recipe, models).plan()
+
+
+def needed_models(recipe: Recipe) -> list[str]:
+    """The models that the outputs ask for, in the recipe's order: inputs of nodes, `like` and `tokenizer`."""
+    wanted: set[str] = set()
+    todo = [output.node for output in recipe.outputs.values()]
+    todo += [name for output in recipe.outputs.values() for name in (output.like, output.tokenizer) if name]
+    while todo:
+        name = todo.pop()
+        if name not in wanted:
+            wanted.add(name)
+            todo += recipe.nodes[name].references if name in recipe.nodes else ()
+    return [name for name in recipe.models if name in wanted]
+
+
+def like_and_tokenizer(recipe: Recipe, output: Output) -> tuple[str, str]:
+    """The models whose config and whose tokenizer an output takes."""
+    like = output.like or default_like(recipe, output.node)
+    return like, output.tokenizer or like

@@ -1,0 +1,113 @@
+"""Expressions as planning makes them: ops resolved once for equal values, and one object for what is the same."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from mergeflow.dtypes import BY_NAME
+from mergeflow.errors import RecipeError
+from mergeflow.graph import Apply, Expression, Load, Measure
+from mergeflow.ops import Linear, Op, TaskArithmetic, TaskVector
+from mergeflow.ops.base import DeltaOp
+from mergeflow.settings import Place
+
+FLOAT64 = BY_NAME["float64"]
+
+
+SUBTRACT = TaskVector()
+MEAN: Op = Linear.model_construct(weight=1.0, normalize=True)
+MEAN_DELTA: Op = TaskArithmetic.model_construct(weight=1.0, normalize=True, scale=1.0)
+
+
+def mean_like(op: Op) -> Op:
+    """What `others: mean` computes beside an op: the plain mean of its inputs, in the op's own space."""
+    if isinstance(op, DeltaOp):
+        return MEAN_DELTA
+    return op if isinstance(op, TaskVector) else MEAN
+
+
+class Expressions:
+    """Makes the expressions of one plan; what it keeps is keyed by identity, and lives as long as it does."""
+
+    def __init__(self, *, any_wide: bool = True) -> None:
+        self.any_wide = any_wide
+        """Whether any tensor is float64 at all: without one no expression is looked at."""
+        self.differences: dict[tuple[int, int], Apply] = {}
+        self.wide: dict[int, bool] = {}
+        self.ready: dict[Any, Op] = {}
+        self.measures: dict[int, bool] = {}
+        self.uniform: dict[int, bool] = {}
+
+    def apply(self, op: Op, inputs: tuple[Expression, ...]) -> Apply:
+        """A resolved op on its inputs, with the measure that it needs."""
+        measures = self.measures.get(id(op))
+        if measures is None:
+            measures = self.measures[id(op)] = op.measures
+        return Apply(op, inputs, Measure(op, (inputs,)) if measures else None)
+
+    def difference(self, model: Expression, base: Expression) -> Apply:
+        """What a model learnt since a base."""
+        key = (id(model), id(base))
+        found = self.differences.get(key)
+        if found is None:
+            found = self.differences[key] = self.apply(SUBTRACT, (base, model))
+        return found
+
+    def is_wide(self, expression: Expression) -> bool:
+        """Whether an expression reads float64 and so is computed in it."""
+        if not self.any_wide:
+            return False
+        if isinstance(expression, Load):
+            return expression.tensor.dtype is FLOAT64
+        found = self.wide.get(id(expression))
+        if found is None:
+            found = self.wide[id(expression)] = any(map(self.is_wide, expression.inputs))
+        return found
+
+    def resolved(self, op: Op, place: Place, kept: Sequence[int], count: int) -> Op:
+        """The op with its settings' values at a place for the inputs (of `count`) that are kept; equal values share one op.
+
+        Raises RecipeError where a setting has no value there, or values clash.
+        """
+        uniform = self.uniform.get(id(op))
+        if uniform is None:
+            uniform = self.uniform[id(op)] = op.uniform
+        whole = len(kept) == count
+        key: Any = (id(op), count)
+        if not (whole and uniform):
+            values = op.values_at(place, kept)
+            if not whole:
+                values = _renormalised(op, values, place, count)
+            key = (id(op), len(kept), values)
+        found = self.ready.get(key)
+        if found is None:
+            found = self.ready[key] = op.resolved(op.values_at(place, kept) if whole and uniform else values)
+        return found
+
+
+def _renormalised(op: Op, values: tuple[Any, ...], place: Place, count: int) -> tuple[Any, ...]:
+    """Weights of the inputs that are left, scaled so that their sum stays, where the op does not divide by it anyway."""
+    names = list(op.settings())
+    if "weight" not in names or ("normalize" in names and values[names.index("normalize")]):
+        return values
+    index = names.index("weight")
+    total, left = sum(op.values_at(place, range(count))[index]), sum(values[index])
+    if abs(left) < 1e-8:
+        raise RecipeError("the weights of the inputs that are left sum to 0", fix="Change the weights, or `missing:`.")
+    return (*values[:index], tuple(weight * total / left for weight in values[index]), *values[index + 1 :])
+
+
+def loads(*expressions: Expression) -> Iterator[Load]:
+    """Each tensor that expressions read, once, in the order of the inputs."""
+    seen: set[int] = set()
+    todo: list[Expression] = list(reversed(expressions))
+    while todo:
+        expression = todo.pop()
+        if id(expression) in seen:
+            continue
+        seen.add(id(expression))
+        if isinstance(expression, Load):
+            yield expression
+        else:
+            todo += reversed(expression.inputs)

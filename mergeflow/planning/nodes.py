@@ -1,0 +1,436 @@
+"""A node as a table: names from its base or first input, an expression for each from its op."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from mergeflow.checkpoint import StoredTensor
+from mergeflow.errors import RecipeError
+from mergeflow.graph import Expression
+from mergeflow.ops import Op
+from mergeflow.ops.base import DeltaOp, Space
+from mergeflow.ops.unchanged import Unchanged
+from mergeflow.planning.expressions import mean_like
+from mergeflow.planning.models import HEADS, Table, rename_line
+from mergeflow.recipe import Node
+from mergeflow.settings import Each, Place, Rule, matches, places, value_at
+
+if TYPE_CHECKING:
+    from mergeflow.planning.planner import Planner
+
+
+class NodeTable(Table):
+    """What a node gives. Names, spaces and patterns are checked when it is made, tensors as they are asked for."""
+
+    def __init__(self, planner: Planner, node: Node) -> None:
+        self.planner, self.node, self.findings = planner, node, planner.findings
+        self.make = planner.expressions
+        self.inputs = [planner.table(one.model) for one in node.inputs]
+        self.base = planner.table(node.base) if node.base else None
+        self.bases = [planner.table(one.base) if one.base else self.base for one in node.inputs]
+        self.others = planner.table(node.others) if node.others else None
+        self.made: dict[str, Expression] = {}
+        self.holders: dict[str, Table] = {}
+        """Tensors that are somebody else's as they are: of `select`, and of `extra: keep`."""
+        self.fixes: dict[int, str] = {}
+        self.told_quantised = False
+        self.space = self._space()
+        self.quantised = next((one.quantised for one in self._sources() if one.quantised), "")
+        if node.op.takes == "rules":
+            self._selected_names()
+        else:
+            source = self.base or self.inputs[0]
+            self.leaf, self.added = source.leaf, source.added
+            self.tensors, self.places = source.tensors, source.places
+            self._extra_names()
+        self._check_patterns()
+
+    def _sources(self) -> list[Table]:
+        return [one for one in (*self.inputs, *self.bases, self.base, self.others) if one is not None]
+
+    def where(self, *steps: str | int) -> str:
+        """The place of a key of the node in the recipe."""
+        return self.planner.recipe.where((*self.node.path, *steps))
+
+    def at_input(self, index: int) -> str:
+        """The place of an input in the recipe."""
+        takes = self.node.op.takes
+        return self.where(takes) if takes == "model" else self.where(takes, index)
+
+    # Spaces and names
+
+    def _space(self) -> Space:
+        try:
+            space = self.node.op.space(self.base.space if self.base else None, [table.space for table in self.inputs])
+            for base in self.bases:
+                if base is not None and base is not self.base and base.space != "weight":
+                    raise RecipeError(f"an input's base is a {base.space}", fix="A base must give weights.")
+            if self.others is not None and self.others.space != space:
+                raise RecipeError(
+                    f"`others` gives a {self.others.space}, and the op a {space}", fix="Both must be of one space."
+                )
+            return space
+        except RecipeError as error:
+            self.findings.add(error.placed(self.where()))
+            return "weight"
+
+    def _selected_names(self) -> None:
+        """Names of `select`: all names of its models, each from the first rule that fits it."""
+        self.leaf = self.inputs[-1].leaf
+        self.tensors = {}
+        first: dict[str, Table] = {}
+        for table in (self.inputs[-1], *self.inputs[:-1]):
+            for name in table.tensors:
+                first.setdefault(name, table)
+        vocab = []
+        for name, table in first.items():
+            place = table.places[name]
+            index = next(i for i, rule in enumerate(self.node.rules) if rule is None or matches(rule, place))
+            chosen = self.inputs[index]
+            if name not in chosen.tensors:
+                owner = next(i for i, one in enumerate(self.inputs) if one is table)
+                self.findings.gather(
+                    self.at_input(index),
+                    f"the rule chooses '{self.node.inputs[index].model}', which lacks {{names}}",
+                    f"Add a rule that takes them from '{self.node.inputs[owner].model}'.",
+                    name,
+                )
+                chosen = table  # so that what is wrong is said once
+            self.tensors[name], self.holders[name] = chosen.tensors[name], chosen
+            vocab += [name] if chosen.places[name].vocab else []
+        self.added = {name for one in self.inputs for name in one.added}
+        self.places = places(self.tensors, vocab)
+
+    def _extra_names(self) -> None:
+        """Names that inputs have beyond the node's: an error, dropped, or kept from the one input that has them."""
+        beyond: dict[str, list[int]] = {}
+        tables = [*self.inputs, *([self.others] if self.others else [])]
+        for index, table in enumerate(tables):
+            if table.tensors is self.tensors or table.tensors.keys() <= self.tensors.keys():
+                continue
+            for name in table.tensors:
+                if name not in self.tensors and self._consults(table, table.places[name]):
+                    beyond.setdefault(name, []).append(index)
+        self.beyond = {name: tables[indices[0]].places[name] for name, indices in beyond.items()}
+        kept: dict[str, StoredTensor] = {}
+        for name, indices in beyond.items():
+            policy = value_at(self.node.extra, self.beyond[name])
+            if policy == "keep" and self._can_keep(name, [tables[index] for index in indices]):
+                self.holders[name] = tables[indices[0]]
+                kept[name] = self.holders[name].tensors[name]
+            elif policy == "error":
+                self._extra(indices[0], name)
+        if kept:
+            self.tensors = {**self.tensors, **kept}
+            self.added = {*self.added, *kept}
+            self.places = places(
+                self.tensors, [n for t in (self.base, *tables) if t for n, p in t.places.items() if p.vocab]
+            )
+
+    def _consults(self, table: Table, place: Place) -> bool:
+        """Whether a tensor at a place is taken from a table: inputs give what `only` names, `others` the rest."""
+        if self.node.only is None or self.others is None:
+            return True
+        return matches(self.node.only, place) is (table is not self.others)
+
+    def _can_keep(self, name: str, holders: Sequence[Table]) -> bool:
+        if len(holders) > 1:
+            self.findings.gather(
+                self.where(),
+                "`extra: keep` finds {names} in several inputs",
+                "Choose by `op: select`, or drop them.",
+                name,
+            )
+        elif holders[0].space != self.space:
+            self.findings.gather(
+                self.where(),
+                f"`extra: keep` would put a {holders[0].space} among {self.space}s: {{names}}",
+                "Drop them.",
+                name,
+            )
+        else:
+            return True
+        return False
+
+    def _extra(self, index: int, name: str) -> None:
+        mine = self.node.base or self.node.inputs[0].model
+        if index < len(self.inputs):
+            owner, table, where = self.node.inputs[index].model, self.inputs[index], self.at_input(index)
+        else:
+            assert self.others is not None
+            owner, table, where = str(self.node.others), self.others, self.where("others")
+        fix = self._tie_fix(name, table) or self._rename_fix(index, owner, table)
+        self.findings.gather(
+            where,
+            f"'{owner}' has {{count}} tensors that '{mine}' lacks: {{names}}",
+            fix or "Write `extra: drop` or `extra: keep` on the node.",
+            name,
+        )
+
+    def _tie_fix(self, name: str, other: Table) -> str:
+        """What to write where a head is missing because one model is tied and another is not."""
+        mine, theirs = self.planner.is_tied(self.leaf), self.planner.is_tied(other.leaf)
+        if mine == theirs or not name.endswith(HEADS):
+            return ""
+        tied, loose = (self.leaf, other.leaf) if mine else (other.leaf, self.leaf)
+        return f"'{tied}' is tied and '{loose}' is not: write `tied: untie` or `tied: trust_config` under `output:`."
+
+    def _rename_fix(self, index: int, owner: str, table: Table) -> str:
+        if index not in self.fixes:
+            self.fixes[index] = rename_line(owner, table.tensors.keys(), self.tensors.keys())
+        return self.fixes[index]
+
+    # Patterns
+
+    def _check_patterns(self) -> None:
+        """Each rule must fit something, checked against all names of the node, asked for or not."""
+        node = self.node
+        for name in node.op.settings():
+            self._check_setting(getattr(node.op, name), self.places, name)
+        for name in ("missing", "mismatch"):
+            self._check_setting(getattr(node, name), self.places, name)
+        if node.op.takes != "rules":
+            self._check_setting(node.extra, {**self.places, **self.beyond}, "extra")
+        if node.only is not None:
+            self.planner.check_rules([node.only], self.places, self.where("only"))
+        if node.rules:
+            self.planner.check_rules(node.rules, self.places, self.where("rules"))
+
+    def _check_setting(self, setting: Any, at: Mapping[str, Place], name: str) -> None:
+        if not isinstance(setting, Each):
+            self.planner.check_setting(setting, at, self.where(name))
+            return
+        # A rule of the node that an input's own rules hide holds for the other inputs: it is checked once, without them.
+        shared: dict[int, Rule[Any]] = {}
+        counts: dict[int, int] = {}
+        for one in setting:
+            for rule in one if isinstance(one, tuple) else ():
+                shared[id(rule)] = rule
+                counts[id(rule)] = counts.get(id(rule), 0) + 1
+        for index, one in enumerate(setting):
+            if isinstance(one, tuple):
+                one = tuple(rule for rule in one if counts[id(rule)] == 1)
+            self.planner.check_setting(one, at, self.where("inputs", index, name))
+        self.planner.check_setting(tuple(rule for key, rule in shared.items() if counts[key] > 1), at, self.where(name))
+
+    # Tensors
+
+    def expression(self, name: str) -> Expression:
+        found = self.made.get(name)
+        if found is None:
+            found = self.made[name] = self._made(name)
+        return found
+
+    def _made(self, name: str) -> Expression:
+        if name in self.holders:
+            return self.holders[name].expression(name)
+        node, place, op = self.node, self.places[name], self.node.op
+        if node.only is not None and not matches(node.only, place):
+            if self.others is not None:
+                return self._from_others(name, self.others)
+            op = mean_like(op)
+        given = self._given(name, place, op)
+        if given is None:
+            return self._fallen()
+        kept, expressions, are_deltas = given
+        base = self.base.expression(name) if self.base is not None else None
+        if not kept:
+            if base is None:
+                self.findings.gather(
+                    self.where(), "no input is left for {names}", "Every input lacks it or has another shape.", name
+                )
+                return self._fallen()
+            return base if self.space == "weight" else self.make.difference(base, base)
+        if self.tensors[name].dtype.kind != "float":
+            return self._unchanged(expressions, are_deltas, base)
+        if len(kept) < op.fewest:
+            op = mean_like(op)
+        try:
+            ready = self.make.resolved(op, place, kept, len(self.inputs))
+        except RecipeError as error:
+            # What concerns many tensors is one line: the names stand before it.
+            what = error.what.replace(f"'{name}'", "it")
+            self.findings.gather(self.where(), f"at {{names}}: {what}", error.fix, name)
+            return self._fallen()
+        only = ready.only_input(len(kept)) if base is None else None
+        if only is not None:
+            return expressions[only]
+        if self.quantised:
+            self._tell_quantised()
+        if place.vocab and node.vocab != "ignore":
+            self._check_tokens(kept)
+        if isinstance(op, DeltaOp):
+            deltas = [
+                expression if is_delta else self._delta(name, index, expression)
+                for index, expression, is_delta in zip(kept, expressions, are_deltas, strict=True)
+            ]
+            if None in deltas:
+                return self._fallen()
+            expressions = [delta for delta in deltas if delta is not None]
+        return self.make.apply(ready, tuple(expressions) if base is None else (base, *expressions))
+
+    def _fallen(self) -> Expression:
+        """Something to stand where a problem was noted, so that the others are found too; never part of a finished plan."""
+        table = next(one for one in (*self.inputs, self) if one.tensors)
+        return table.expression(next(iter(table.tensors)))
+
+    def _from_others(self, name: str, others: Table) -> Expression:
+        stored, wanted = others.tensors.get(name), self.tensors[name]
+        what = ""
+        if stored is None:
+            what = "lacks {names}"
+        elif stored.shape != wanted.shape:
+            what = f"has {{names}} in shape {list(stored.shape)}, not {list(wanted.shape)}"
+        elif _unlike(stored, wanted):
+            what = f"has {{names}} as {stored.dtype.name}, not {wanted.dtype.name}"
+        if what:
+            self.findings.gather(
+                self.where("others"),
+                f"'{self.node.others}' {what}",
+                "Choose a model that fits, or change `only:`.",
+                name,
+            )
+            return self._fallen()
+        return others.expression(name)
+
+    def _given(self, name: str, place: Place, op: Op) -> tuple[list[int], list[Expression], list[bool]] | None:
+        """What inputs give for a tensor after the rules for missing and unlike ones, and which of that is a delta."""
+        wanted = self.tensors[name]
+        kept: list[int] = []
+        expressions: list[Expression] = []
+        are_deltas: list[bool] = []
+        sound = True
+        for index, table in enumerate(self.inputs):
+            stored = table.tensors.get(name)
+            if stored is None or stored.shape != wanted.shape:
+                key = "missing" if stored is None else "mismatch"
+                policy = value_at(getattr(self.node, key), place)
+                if policy == "omit":
+                    continue
+                if policy == "base" and self.base is not None:
+                    # The input is taken to be the base here: its delta is 0.
+                    base = self.base.expression(name)
+                    kept.append(index)
+                    expressions.append(self.make.difference(base, base) if isinstance(op, DeltaOp) else base)
+                    are_deltas.append(isinstance(op, DeltaOp))
+                    continue
+                sound = False
+                if policy == "base":
+                    self.findings.gather(
+                        self.at_input(index),
+                        f"`{key}: base` needs an op with a base, for {{names}}",
+                        "Write `omit`, or use an op on deltas.",
+                        name,
+                    )
+                elif stored is None:
+                    self._missing(index, name)
+                else:
+                    self._mismatch(index, name, place)
+            elif stored.dtype is not wanted.dtype and _unlike(stored, wanted):
+                sound = False
+                self.findings.gather(
+                    self.at_input(index),
+                    f"{{names}} is {stored.dtype.name} in '{self.node.inputs[index].model}' and {wanted.dtype.name} in '{self.leaf}'",
+                    "Integer and boolean tensors are never computed on or cast: choose one by `op: select`.",
+                    name,
+                )
+            else:
+                kept.append(index)
+                expressions.append(table.expression(name))
+                are_deltas.append(table.space == "delta")
+        return (kept, expressions, are_deltas) if sound else None
+
+    def _missing(self, index: int, name: str) -> None:
+        table, owner = self.inputs[index], self.node.inputs[index].model
+        source = self.node.base or self.node.inputs[0].model
+        self.findings.gather(
+            self.at_input(index),
+            f"'{owner}' lacks {{count}} tensors of '{source}': {{names}}",
+            self._tie_fix(name, table)
+            or self._rename_fix(index, owner, table)
+            or "Write `missing: omit` (or `base`) on the node, with rules if need be.",
+            name,
+        )
+
+    def _mismatch(self, index: int, name: str, place: Place) -> None:
+        mine, theirs = self.tensors[name].shape, self.inputs[index].tensors[name].shape
+        owner = self.node.inputs[index].model
+        if (place.vocab or self.inputs[index].places[name].vocab) and mine[1:] == theirs[1:] and mine and theirs:
+            self.findings.gather(
+                self.at_input(index),
+                f"the vocabularies differ: {theirs[0]} rows in '{owner}', {mine[0]} in '{self.leaf}' ({{names}})",
+                "To merge the rest, write `mismatch: [{match: '@vocab', value: omit}, {value: error}]` on the node.",
+                name,
+            )
+        else:
+            self.findings.gather(
+                self.at_input(index),
+                f"{{names}} has shape {list(theirs)} in '{owner}', and {list(mine)} in '{self.leaf}'",
+                "Write `mismatch: omit` (or `base`) on the node, with rules if need be.",
+                name,
+            )
+
+    def _delta(self, name: str, index: int, expression: Expression) -> Expression | None:
+        """What an input learnt since its own base, else the node's; None where a problem was noted."""
+        base = self.bases[index]
+        assert base is not None, "the grammar asks for a base"
+        if base is not self.base:
+            stored, wanted = base.tensors.get(name), self.tensors[name]
+            if stored is None or stored.shape != wanted.shape or _unlike(stored, wanted):
+                self.findings.gather(
+                    self.at_input(index),
+                    "the input's own base lacks, or has in another shape, {names}",
+                    "Give it the base it was trained from.",
+                    name,
+                )
+                return None
+        return self.make.difference(expression, base.expression(name))
+
+    def _unchanged(
+        self, expressions: Iterable[Expression], are_deltas: Iterable[bool], base: Expression | None
+    ) -> Expression:
+        """Integers and booleans are never computed on: they must be equal, which the run looks at."""
+        given = {id(one): (one, is_delta) for one, is_delta in zip(expressions, are_deltas, strict=True)}
+        if base is not None:
+            given = {id(base): (base, False), **given}
+        gives_delta = self.space == "delta" and not all(is_delta for _, is_delta in given.values())
+        if len(given) == 1 and not gives_delta:
+            return next(iter(given.values()))[0]
+        inputs, flags = zip(*given.values(), strict=True)
+        return self.make.apply(Unchanged(deltas=flags, gives_delta=gives_delta), inputs)
+
+    def _check_tokens(self, kept: Iterable[int]) -> None:
+        for index in kept:
+            other = self.inputs[index].leaf
+            clash = self.planner.vocabularies.clash(self.leaf, other)
+            if clash:
+                self.findings.add(
+                    RecipeError(
+                        clash,
+                        where=self.at_input(index),
+                        fix="Their rows mean different words. Write `vocab: ignore` on the node to merge them all the same.",
+                    )
+                )
+
+    def _tell_quantised(self) -> None:
+        if self.told_quantised:
+            return
+        self.told_quantised = True
+        named = [(self.node.inputs[i].model, table, self.at_input(i)) for i, table in enumerate(self.inputs)]
+        if self.base is not None:
+            named.append((str(self.node.base), self.base, self.where("base")))
+        for name, table, where in named:
+            if table.quantised:
+                self.findings.add(
+                    RecipeError(
+                        f"'{name}' is quantised ({table.quantised})",
+                        where=where,
+                        fix="Its numbers mean nothing without their scales: use the checkpoint it was quantised from.",
+                    )
+                )
+
+
+def _unlike(stored: StoredTensor, wanted: StoredTensor) -> bool:
+    """Whether two tensors cannot meet: integers and booleans must be of one dtype, floats may differ."""
+    return stored.dtype is not wanted.dtype and not (stored.dtype.kind == wanted.dtype.kind == "float")

@@ -1,0 +1,251 @@
+"""One plan in the making: the tables of models and nodes, then the rows and files of each output."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from importlib.metadata import version
+from typing import Any
+
+from blake3 import blake3
+
+from mergeflow import __version__
+from mergeflow.checkpoint import Checkpoint
+from mergeflow.dtypes import BY_NAME, DType
+from mergeflow.errors import RecipeError, raise_all
+from mergeflow.graph import Apply, EqualTensors, Expression, Plan, Row, Shard, SideFile
+from mergeflow.layout import Tensor, lay_out
+from mergeflow.planning.expressions import FLOAT64, Expressions, loads
+from mergeflow.planning.findings import Findings, nearest, some
+from mergeflow.planning.models import SPACE_KEY, ModelTable, Table, settle_ties
+from mergeflow.planning.nodes import NodeTable
+from mergeflow.planning.vocabulary import Vocabularies
+from mergeflow.recipe import Output, Recipe
+from mergeflow.settings import Gradient, Place, matches, value_at
+
+FLOAT32 = BY_NAME["float32"]
+
+
+def default_like(recipe: Recipe, name: str) -> str:
+    """The entry of `models:` that a node takes its names from: base, else first input, of `select` the rule without `match`."""
+    while name in recipe.nodes:
+        node = recipe.nodes[name]
+        name = node.base or node.inputs[-1 if node.op.takes == "rules" else 0].model
+    return name
+
+
+class Planner:
+    """Everything that is shared while one plan is made."""
+
+    def __init__(self, recipe: Recipe, models: Mapping[str, Checkpoint]) -> None:
+        self.recipe, self.models = recipe, models
+        self.findings = Findings()
+        stored = (tensor for checkpoint in models.values() for tensor in checkpoint.tensors.values())
+        self.expressions = Expressions(any_wide=any(tensor.dtype is FLOAT64 for tensor in stored))
+        self.vocabularies = Vocabularies(models)
+        self.equal: list[EqualTensors] = []
+        self.known_places: dict[Any, Mapping[str, Place]] = {}
+        self.rows: list[Row] = []
+        self.shards: list[Shard] = []
+        self.side_files: list[SideFile] = []
+        opened = [ModelTable(self, name, recipe.models[name], checkpoint) for name, checkpoint in models.items()]
+        self.tables: dict[str, Table] = {table.name: table for table in opened}
+        settle_ties(opened, *self._tied())
+
+    def _tied(self) -> tuple[str | None, str]:
+        """The outputs' word for tied heads, and the model whose config it means."""
+        outputs = list(self.recipe.outputs.values())
+        if len({output.tied for output in outputs}) > 1:
+            self.findings.add(
+                RecipeError(
+                    "the outputs say different things in `tied`",
+                    where=self.recipe.where(outputs[-1].path),
+                    fix="Give every output the same word.",
+                )
+            )
+        return outputs[0].tied, outputs[0].like or default_like(self.recipe, outputs[0].node)
+
+    def table(self, name: str) -> Table:
+        """The table of a model or node, made once."""
+        found = self.tables.get(name)
+        if found is None:
+            found = self.tables[name] = NodeTable(self, self.recipe.nodes[name])
+        return found
+
+    def is_tied(self, model: str) -> bool:
+        """Whether a model's config ties its head to the embedding."""
+        table = self.tables.get(model)
+        return isinstance(table, ModelTable) and table.tied
+
+    def check_setting(self, setting: Any, at: Mapping[str, Place], where: str) -> None:
+        """The patterns of a setting's rules, and the layers of its gradients, must be there."""
+        if isinstance(setting, tuple):
+            self.check_rules([rule.match for rule in setting], at, where)
+            for rule in setting:
+                self.check_setting(rule.value, at, where)
+        elif isinstance(setting, Gradient) and setting.over is not None:
+            first, last = map(int, setting.over.split("-"))
+            if not any(place.layer is not None and first <= place.layer <= last for place in at.values()):
+                layers = sorted({place.layer for place in at.values() if place.layer is not None})
+                fix = f"Layers run from {layers[0]} to {layers[-1]}." if layers else "There are no numbered layers."
+                self.findings.add(
+                    RecipeError(f"`over: {setting.over}` covers none of the layers", where=where, fix=fix)
+                )
+
+    def check_rules(self, rules: Sequence[tuple[str, ...] | None], at: Mapping[str, Place], where: str) -> None:
+        """A rule that fits nothing is a problem, one that is hidden by those before it a warning."""
+        waiting = {index for index, rule in enumerate(rules) if rule is not None}
+        for place in at.values():
+            if not waiting:
+                return
+            for index, rule in enumerate(rules):
+                if rule is None or matches(rule, place):
+                    waiting.discard(index)
+                    break
+        for index in sorted(waiting):
+            rule = rules[index] or ()
+            shown = ", ".join(rule)
+            if any(matches(rule, place) for place in at.values()):
+                self.findings.warnings[f"{where}: the rule '{shown}' is hidden by the rules before it"] = None
+            else:
+                self.findings.add(
+                    RecipeError(
+                        f"the pattern '{shown}' fits none of the {len(at)} tensors"
+                        if len(rule) == 1
+                        else f"the patterns '{shown}' fit none of the {len(at)} tensors",
+                        where=where,
+                        fix=nearest(rule[0], at),
+                    )
+                )
+
+    # Outputs
+
+    def plan(self) -> Plan:
+        """The plan. Raises every problem found, together."""
+        for output in self.recipe.outputs.values():
+            self._output(output)
+        raise_all(self.findings.all())
+        if not self.rows:
+            raise RecipeError("the output has no tensors", fix="Look at `only:` of the models and nodes.")
+        parts = self._digests()
+        return Plan(
+            name=self.recipe.name,
+            recipe=self.recipe.resolved,
+            models=self.models,
+            rows=tuple(self.rows),
+            shards=tuple(self.shards),
+            side_files=tuple(self.side_files),
+            loads=tuple(loads(*(row.expression for row in self.rows))),
+            equal=tuple(self.equal),
+            warnings=tuple(self.findings.warnings),
+            notes=tuple(self.findings.notes),
+            digest=blake3("\n".join(f"{key} {value}" for key, value in parts.items()).encode()).hexdigest(),
+            parts=parts,
+            spaces={output.key: self.table(output.node).space for output in self.recipe.outputs.values()},
+        )
+
+    def _output(self, output: Output) -> None:
+        table = self.table(output.node)
+        like = self.tables[output.like or default_like(self.recipe, output.node)]
+        assert isinstance(like, ModelTable), "`like` is an entry of models"
+        self._check_like(output, table, like)
+        self.check_setting(output.dtype, table.places, self.recipe.where((*output.path, "dtype")))
+        tensors: list[Tensor] = []
+        expressions: list[Expression] = []
+        for name, stored in table.tensors.items():
+            expression = table.expression(name)
+            model = like.tensors.get(name)
+            dtype = stored.dtype
+            if dtype.kind == "float":
+                dtype = self._dtype(output, table.places[name], expression) or (model or stored).dtype
+            expressions.append(expression)
+            tensors.append(Tensor(name, dtype, stored.shape, model.file if model else None))
+        metadata = {"format": "pt"} if table.space == "weight" else {"format": "pt", SPACE_KEY: table.space}
+        files, index = lay_out(
+            tensors, like_files=list(like.checkpoint.files), shard_size=output.shard_size, metadata=metadata
+        )
+        home = {
+            name: (shard, offset)
+            for shard, file in enumerate(files, start=len(self.shards))
+            for name, offset in file.offsets.items()
+        }
+        self.shards += [Shard(output.key, file.name, file.header, file.size) for file in files]
+        self.rows += [
+            Row(
+                output=output.key,
+                node=output.node,
+                name=tensor.name,
+                expression=expression,
+                dtype=tensor.dtype,
+                shape=tensor.shape,
+                shard=home[tensor.name][0],
+                offset=home[tensor.name][1],
+                compute=FLOAT64 if self.expressions.is_wide(expression) else FLOAT32,
+                check_finite=output.non_finite == "error" and tensor.dtype.kind == "float",
+            )
+            for tensor, expression in zip(tensors, expressions, strict=True)
+        ]
+        if index is not None:
+            self.side_files.append(SideFile(output.key, index[0], index[1]))
+
+    def _dtype(self, output: Output, place: Place, expression: Expression) -> DType | None:
+        """The dtype that the output, or a `cast` at the end, asks for at a place."""
+        if output.dtype is not None:
+            return BY_NAME[value_at(output.dtype, place)]
+        rounded = expression.op.result_dtype() if isinstance(expression, Apply) else None
+        return BY_NAME[rounded] if rounded else None
+
+    def _check_like(self, output: Output, table: Table, like: ModelTable) -> None:
+        """The model whose config the output takes must have the same tensors, but for those kept by `extra: keep`."""
+        lacks = [name for name in table.tensors if name not in like.tensors and name not in table.added]
+        has = [name for name in like.tensors if name not in table.tensors]
+        unlike = [n for n, t in table.tensors.items() if n in like.tensors and like.tensors[n].shape != t.shape]
+        if lacks:
+            difference = f"lacks {some(lacks)}"
+        elif has:
+            difference = f"has {some(has)} beyond it"
+        elif unlike:
+            difference = f"has {some(unlike)} in another shape"
+        else:
+            return
+        self.findings.add(
+            RecipeError(
+                f"`like: {like.name}` must have the tensors of '{output.node}', and it {difference}",
+                where=self.recipe.where((*output.path, "like")),
+                fix="Name a model under `like:` that has the same tensors.",
+            )
+        )
+
+    def _digests(self) -> dict[str, str]:
+        """Named digests of all that goes into the plan's digest, so that a refusal can say what changed."""
+        inputs = [
+            (name, checkpoint.folder.revision, [(f.name, f.size, f.header_digest) for f in checkpoint.files.values()])
+            for name, checkpoint in self.models.items()
+        ]
+        stamps = [
+            (name, [_stamp(checkpoint, file) for file in checkpoint.files]) for name, checkpoint in self.models.items()
+        ]
+        layout = [
+            [(s.output, s.file, blake3(s.header).hexdigest(), s.size) for s in self.shards],
+            [(row.output, row.name, row.shard, row.offset) for row in self.rows],
+        ]
+        return {
+            "the recipe": _digest(self.recipe.resolved),
+            "the inputs' headers": _digest(inputs),
+            "the inputs' files (size or time of change)": _digest(stamps),
+            "the layout of the output": _digest(layout),
+            "the version of mergeflow": __version__,
+            "the version of torch": version("torch"),
+        }
+
+
+def _stamp(checkpoint: Checkpoint, file: str) -> str:
+    """What changes when a file's bytes do, without reading them: size and time of change, or the hub's own digest."""
+    if checkpoint.folder.revision is not None:
+        return checkpoint.folder.sha256(file) or checkpoint.folder.revision
+    status = checkpoint.folder.local([file])[file].stat()
+    return f"{status.st_size} {status.st_mtime_ns}"
+
+
+def _digest(data: Any) -> str:
+    return blake3(json.dumps(data, sort_keys=True, separators=(",", ":")).encode()).hexdigest()

