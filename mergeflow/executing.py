@@ -97,7 +97,7 @@ class _Program:
     steps: tuple[_Step, ...]
     results: tuple[int, ...]
     live: int
-    """The greatest number of values that are held at once, and what an op with a measure makes of each of its inputs."""
+    """The greatest number of values that are held at once, with one more for each input of a measure or of an op that has one."""
 
     @property
     def loads(self) -> Iterator[Load]:
@@ -110,6 +110,11 @@ class _Program:
         for step in self.steps:
             if isinstance(step.expression, Apply) and step.expression.measure is not None:
                 yield step.expression.measure
+
+    @property
+    def measure_bytes(self) -> int:
+        """Bytes that the most demanding of the measures holds: they are taken one after the other."""
+        return max((one.op.measure_bytes(len(one.over[0])) for one in self.measures), default=0)
 
     @property
     def ops(self) -> Iterator[Op]:
@@ -150,8 +155,8 @@ def _program(results: Sequence[Expression]) -> _Program:
         most = max(most, live)
         live -= len(dropped)
         steps.append(_Step(expression, inputs, dropped))
-    made = max((len(one.inputs) for one in order if isinstance(one, Apply) and one.measure is not None), default=0)
-    return _Program(tuple(steps), kept, most + made)
+    made = [len(one.inputs) for one in order if isinstance(one, Apply) and one.measure is not None]
+    return _Program(tuple(steps), kept, most + max([len(results) - 1, *made]))
 
 
 def _find_shared(program: _Program, found: dict[int, Measure]) -> None:
@@ -558,7 +563,7 @@ def threads_for(threads: int | None) -> int:
 def block_of(program_live: int, compute_size: int, memory: int, threads: int, largest: int = LARGEST_BLOCK) -> int:
     """Elements of a block: the largest power of two of leaves whose values fit a thread's share of memory, at least one leaf."""
     block = largest
-    share = memory / 2 / threads
+    share = memory / 4 / threads  # the rest is for what a measure holds
     while block > LEAF and (program_live + TEMPORARIES) * block * compute_size > share:
         block //= 2
     return block
@@ -577,8 +582,10 @@ def peak_memory(plan: Plan, memory: int, threads: int) -> int:
         block = row.elements
         if _divisible(program):
             block = min(block, block_of(program.live, row.compute.size, memory, threads))
-        measures = max((op.measure_memory for op in program.ops if op.measures), default=0)
-        worst = max(worst, (program.live + TEMPORARIES) * block * row.compute.size + min(measures, 24 * row.elements))
+        blocks = (program.live + TEMPORARIES) * block * row.compute.size
+        # In a tensor of one leaf a measure sees all there is at once, and holds no more than that.
+        measure = program.measure_bytes if row.elements > LEAF else min(program.measure_bytes, 4 * blocks)
+        worst = max(worst, blocks + measure)
     return worst * threads
 
 

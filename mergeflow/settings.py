@@ -191,10 +191,7 @@ def _braces(inside: str, pattern: str) -> Step:
 
 def matches(patterns: Sequence[str], place: Place) -> bool:
     """Whether any of the patterns fits the place."""
-    for pattern in patterns:  # plans ask this for each tensor: no generator
-        if matcher(pattern)(place):
-            return True
-    return False
+    return any(matcher(pattern)(place) for pattern in patterns)
 
 
 def _readable(patterns: tuple[str, ...]) -> tuple[str, ...]:

@@ -55,7 +55,7 @@ class Reduction(ABC):
 
     @abstractmethod
     def merge(self, parts: Sequence[Any]) -> Any:
-        """Partial results of neighbouring blocks as one; associative to the last bit."""
+        """Partial results of neighbouring blocks as one; associative to the last bit. May write into the first."""
 
     @abstractmethod
     def finish(self, total: Any) -> Any:
@@ -99,8 +99,6 @@ class Op(BaseModel, ABC):
     """Same bytes on any x86-64 with AVX2 or better; otherwise on the same processor only."""
     shows_non_finite: ClassVar[bool] = True
     """Whether a NaN or Inf in any input always leaves one in the result, so that looking at the result is enough."""
-    measure_memory: ClassVar[int] = 0
-    """Bytes that the measure of one tensor holds at most, beside its blocks."""
     exact: ClassVar[bool] = False
     """Whether inputs are given as stored, not in the compute dtype."""
 
@@ -128,6 +126,10 @@ class Op(BaseModel, ABC):
     def reduction(self, known: tuple[Any, ...]) -> Reduction | None:
         """The next round of the measure, given what the rounds before found; None when all is known."""
         return None
+
+    def measure_bytes(self, inputs: int) -> int:
+        """Bytes that the measure of one tensor holds at most in each thread, beside its blocks, for so many inputs."""
+        return 0
 
     @property
     def measures(self) -> bool:

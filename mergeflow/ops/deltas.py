@@ -147,6 +147,11 @@ def trimming(
     return None
 
 
+def trimming_bytes(deltas: int) -> int:
+    """Bytes that finding thresholds holds at most: what is collected and chosen among, or histograms of 65,536 bins."""
+    return max(6 * _MOST_INSIDE, 3 * deltas * (8 << 16))
+
+
 def trimmed(deltas: Sequence[Tensor], densities: Sequence[float], rescale: Rescale, block: Block) -> list[Tensor]:
     """Each delta with its small elements set to 0: a new tensor, or the delta itself where it is not trimmed."""
     found: Sequence[Threshold | None] = block.measured[-1] if block.measured else [None] * len(deltas)
@@ -215,10 +220,8 @@ def agreeing(products: Sequence[Tensor], weights: Sequence[float], *, vote: Vote
 _MARGIN = 0.005
 """How far the bracket reaches to each side of the threshold, as a share of the elements: two and a half standard errors
 of a sample of `LEAF` elements at the worst density, since a wider one costs more than a rare miss."""
-_MOST_INSIDE = 1 << 22
+_MOST_INSIDE = 1 << 21
 """Elements that are collected at most, of all deltas of a tensor."""
-MEASURE_MEMORY = 6 * _MOST_INSIDE
-"""Bytes that a trim's measure holds at most: what is collected, and what choosing among it takes."""
 
 _Bracket = tuple[int, int]
 """The lowest and the highest magnitude inside, as integers."""
@@ -369,7 +372,7 @@ class _Counts(Reduction):
     def merge(self, parts: Sequence[Tensor]) -> Tensor:
         total, *others = parts
         for part in others:
-            total = total + part
+            total.add_(part)
         return total
 
 

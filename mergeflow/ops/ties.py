@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from pydantic import Field
 
 from mergeflow.ops.base import Block, DeltaOp, Reduction, number, numbers
-from mergeflow.ops.deltas import MEASURE_MEMORY, Rescale, Rounding, Vote, agreeing, scaled, trimmed, trimming
+from mergeflow.ops.deltas import Rescale, Rounding, Vote, agreeing, scaled, trimmed, trimming, trimming_bytes
 from mergeflow.settings import Flag, Fraction, Number, PerInput, Setting, setting
 
 if TYPE_CHECKING:
@@ -32,7 +32,6 @@ class Ties(DeltaOp):
     formula = "theta_0 + s sum_i m_i w_i trim(tau_i) / sum_i m_i w_i"
     paper = "arXiv:2306.01708"
     shows_non_finite = False
-    measure_memory = MEASURE_MEMORY
 
     weight: PerInput[Number] = setting(1.0, "Multiplies this delta, before the vote.")
     density: PerInput[Fraction] = setting(1.0, "Part of this delta's entries to keep, the largest first.")
@@ -47,6 +46,10 @@ class Ties(DeltaOp):
     def reduction(self, known: tuple[Any, ...]) -> Reduction | None:
         """The rounds that find each delta's threshold; none at density 1."""
         return trimming(known, numbers(self.density), self.rounding, self.rescale)
+
+    def measure_bytes(self, inputs: int) -> int:
+        """What finding the thresholds holds at most."""
+        return trimming_bytes(inputs)
 
     def combine(self, deltas: Sequence[Tensor], block: Block) -> Tensor:
         """s sum_i m_i w_i trim(tau_i) / sum_i m_i w_i"""
