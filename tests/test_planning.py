@@ -287,6 +287,10 @@ def test_float64_is_computed_in_float64_and_mixed_dtypes_in_float32(shop: Worksh
             "an input's base is a delta",
         ),
         (
+            arithmetic({"model": {"op": "task_vector", "base": "base", "model": "b"}, "base": "a"}),
+            "is a delta already, so its own `base: a` would say nothing",
+        ),
+        (
             arithmetic("a", only="*.mlp.*", others={"op": "task_vector", "base": "base", "model": "b"}),
             "`others` gives a delta, and the op a weight",
         ),

@@ -63,6 +63,13 @@ class NodeTable(Table):
     def _space(self) -> Space:
         try:
             space = self.node.op.space(self.base.space if self.base else None, [table.space for table in self.inputs])
+            for index, one in enumerate(self.node.inputs):
+                if one.base and self.inputs[index].space == "delta":
+                    raise RecipeError(
+                        f"'{one.model}' is a delta already, so its own `base: {one.base}` would say nothing",
+                        where=self.at_input(index),
+                        fix="Leave `base` out there.",
+                    )
             for base in self.bases:
                 if base is not None and base is not self.base and base.space != "weight":
                     raise RecipeError(f"an input's base is a {base.space}", fix="A base must give weights.")
@@ -72,7 +79,7 @@ class NodeTable(Table):
                 )
             return space
         except RecipeError as error:
-            self.findings.add(error.placed(self.where()))
+            self.findings.add(error if error.where else error.placed(self.where()))
             return "weight"
 
     def _selected_names(self) -> None:
