@@ -575,8 +575,10 @@ def timed(run: Run) -> dict[str, Any]:
 
 
 def without_start_up(run: Run, idle: float) -> float:
-    """Wall seconds after start-up: as the run told it (`start_up`), otherwise that of an idle process with torch."""
-    return run.wall - timings(run).get("start_up", idle)
+    """Wall seconds of the work alone, as the run told them by part; else those beyond an idle process with torch."""
+    told = timings(run)
+    parts = [told[part] for part in ("plan", "budget", "stage", "fetch", "rows", "publish") if part in told]
+    return sum(parts) if parts else run.wall - idle
 
 
 def against_floor(

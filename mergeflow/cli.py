@@ -184,7 +184,7 @@ memory_option = click.option(
     "--memory",
     callback=memory_size,
     metavar="SIZE",
-    help="Memory to use, e.g. 2GiB; default: a quarter of the machine's.",
+    help="Memory to use, e.g. 2GiB, at least 64MiB; default: a quarter of the machine's.",
 )
 threads_option = click.option(
     "--threads", type=click.IntRange(1, 1024), help="Worker threads; default: one a processor."

@@ -17,6 +17,7 @@ import ctypes
 import errno
 import mmap
 import os
+import resource
 import threading
 import time
 import warnings
@@ -172,6 +173,7 @@ class _Files:
     """The input files, opened once each, as flat tensors of any range; stored bytes, never written to."""
 
     def __init__(self, paths: Mapping[tuple[str, str], Path], reading: Reading) -> None:
+        _allow_open_files()
         self.open: dict[Path, _File] = {}
         self.of: dict[tuple[str, str], _File] = {}
         try:
@@ -248,27 +250,62 @@ def _file_system(path: Path) -> int:
     return int(buffer[0]) & 0xFFFFFFFF if _libc.statfs(os.fsencode(path), ctypes.byref(buffer)) == 0 else 0
 
 
+def _allow_open_files() -> None:
+    """Let this process open as many files as it may: a mapped file takes two descriptors, and a model can have hundreds."""
+    with contextlib.suppress(OSError, ValueError):
+        resource.setrlimit(resource.RLIMIT_NOFILE, (resource.getrlimit(resource.RLIMIT_NOFILE)[1],) * 2)
+
+
+def _too_many(error: OSError, path: Path) -> MachineError:
+    return MachineError(
+        f"cannot open the file: {error.strerror}",
+        where=str(path),
+        fix="Let a process open more files (`ulimit -n`), or merge models of fewer shards.",
+    )
+
+
 class _File:
     """One file, mapped or read by call."""
 
     def __init__(self, path: Path, reading: Reading) -> None:
-        import torch
-
         self.path = path
         try:
             self.descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         except OSError as error:
+            if error.errno in (errno.EMFILE, errno.ENFILE):
+                raise _too_many(error, path) from None
             raise InputError(f"cannot open the file: {error.strerror}", where=str(path)) from None
-        self.stamp = _stamp(os.fstat(self.descriptor))
         self.map: mmap.mmap | None = None
         self.bytes: Tensor | None = None
-        if reading == "mmap" or (reading == "auto" and _file_system(path) not in _READ_BY_CALL):
+        try:
+            self.stamp = _stamp(os.fstat(self.descriptor))
+            if reading == "mmap" or (reading == "auto" and _file_system(path) not in _READ_BY_CALL):
+                self._map()
+        except BaseException:
+            self.close()
+            raise
+
+    def _map(self) -> None:
+        """Map the file; one that cannot be mapped stays one that is read by call."""
+        import torch
+
+        try:
             self.map = mmap.mmap(self.descriptor, 0, prot=mmap.PROT_READ)
-            with warnings.catch_warnings():
-                # torch warns that writes to a read-only buffer are undefined; there are none.
-                warnings.simplefilter("ignore", UserWarning)
-                self.bytes = torch.frombuffer(self.map, dtype=torch.uint8)
-            self.address = self.bytes.data_ptr()
+        except (
+            OSError
+        ) as error:  # mmap takes a descriptor of its own; else the file system or the address space refuses
+            if error.errno in (errno.EMFILE, errno.ENFILE):
+                raise _too_many(error, self.path) from None
+            return
+        except ValueError:
+            if os.fstat(self.descriptor).st_size:
+                return
+            raise InputError("the file became empty", where=str(self.path), fix="Fetch or write it again.") from None
+        with warnings.catch_warnings():
+            # torch warns that writes to a read-only buffer are undefined; there are none.
+            warnings.simplefilter("ignore", UserWarning)
+            self.bytes = torch.frombuffer(self.map, dtype=torch.uint8)
+        self.address = self.bytes.data_ptr()
 
     def close(self) -> None:
         self.bytes = None
@@ -811,13 +848,13 @@ class _Engine:
             raise AssertionError("a measuring run has a reduction")
         compute = _compute_dtype(program)
         if reduction.sample and _divisible(program):
-            values = self._values(run, program, start, stop, compute, None, sample=True)
+            values = self._values(run, program, start, stop, sample=True)
             merged = [reduction.block([values[result] for result in program.results])]
         else:
             merged = []
             self._prepare(program, start, stop)
             for first, end in self._blocks(program, start, stop, compute):
-                values = self._values(run, program, first, end, compute, None)
+                values = self._values(run, program, first, end)
                 given = [values[result] for result in program.results]
                 part = reduction.block([spread(one) for one in given] if reduction.sample else given)
                 merged = [reduction.merge([*merged, part])] if merged else [part]
@@ -841,32 +878,41 @@ class _Engine:
         program: _Program,
         start: int,
         stop: int,
-        compute: DType,
-        raw: dict[int, Tensor] | None,
         *,
+        raw: dict[int, Tensor] | None = None,
+        suspects: list[str] | None = None,
         sample: bool = False,
     ) -> dict[int, Tensor]:
-        """The results of a program on a block, or on a sample of it; `raw`, if given, receives what was read."""
+        """The results of a program on a block, or on a sample of it.
+
+        `raw`, if given, receives what was read; `suspects` the ops that would hide a NaN or Inf that they were given.
+        Each op is computed in float32, or in float64 if any of its own inputs is: what a measure sees of it is then what
+        the row sees, whatever stands above.
+        """
+        import torch
+
         values: dict[int, Tensor] = {}
-        exact = _exact(program)
-        dtype = None if exact else torch_dtype(compute)
+        # Integers, and a tensor that no op touches, are given as they are stored.
+        as_stored = _exact(program) or len(program.steps) == 1
         for position, step in enumerate(program.steps):
             expression = step.expression
             if isinstance(expression, Load):
                 stored = self.files.spread(expression) if sample else self.files.read(expression, start, stop)
                 if raw is not None:
                     raw[position] = stored
-                # A program without ops gives its tensor as it is stored.
-                values[position] = self.device.loaded(stored, None if len(program.steps) == 1 else dtype)
+                wide = stored.dtype == torch.float64
+                compute = None if as_stored else torch.float64 if wide else torch.float32
+                values[position] = self.device.loaded(stored, compute)
             else:
                 inputs = [values[one] for one in step.inputs]
+                if not as_stored and len({one.dtype for one in inputs}) > 1:
+                    inputs = [one.to(torch.float64) for one in inputs]
+                if suspects is not None and not expression.op.shows_non_finite:
+                    suspects += [expression.op.name] * (not all(_finite(one, None) for one in inputs))
                 if expression.op.cut == "tensor":
                     shape = _shape(expression)
                     inputs = [one.reshape(shape) for one in inputs]
                 made = expression.op.compute(inputs, Block(start, run.known(expression.measure)))
-                # What an op rounds (cast) goes on in the compute dtype, unless it is the result.
-                if dtype is not None and made.dtype != dtype and position not in program.results:
-                    made = made.to(dtype)
                 values[position] = made.reshape(-1) if expression.op.cut == "tensor" else made
             for one in step.drops:
                 del values[one]
@@ -883,21 +929,18 @@ class _Engine:
         owned = {id(load) for load in self.owned[run.row]}
         hashed = {p: _Hashes() for p, s in enumerate(program.steps) if id(s.expression) in owned}
         digests = _Hashes()
-        look_at_inputs = row.check_finite and not all(op.shows_non_finite for op in program.ops)
         memory = self.sink.memory(run.row, start * size, stop * size) if stop > start else []
         pieces = [torch.frombuffer(piece, dtype=out) for piece in memory]
         self._prepare(program, start, stop)
         for first, end in self._blocks(program, start, stop, row.compute):
             raw: dict[int, Tensor] = {}
-            result = self._values(run, program, first, end, row.compute, raw)[program.results[0]]
+            suspects: list[str] | None = [] if row.check_finite else None
+            result = self._values(run, program, first, end, raw=raw, suspects=suspects)[program.results[0]]
             if end == first:
                 continue
             clock = time.perf_counter()
-            if row.check_finite and (
-                not _finite(result, row.dtype)
-                or (look_at_inputs and not all(_finite(one, None) for one in raw.values()))
-            ):
-                self._not_finite(run.row, program)
+            if row.check_finite and (suspects or not _finite(result, row.dtype)):
+                self._not_finite(run.row, program, suspects or [])
                 # The row is never done and so never kept; its memory goes back, or a sink would run out of it.
                 self.sink.filled(run.row, start * size, stop * size)
                 return
@@ -945,7 +988,7 @@ class _Engine:
         made = [piece for index in range(count) for piece in run.pieces[-1, index]]
         self.sink.row_done(run.row, tensor_digest(made, row.dtype.name, row.shape), inputs)
 
-    def _not_finite(self, index: int, program: _Program) -> None:
+    def _not_finite(self, index: int, program: _Program, suspects: Sequence[str]) -> None:
         """Note why a row is not finite: NaN and Inf counted in each tensor it reads, or values too large for the dtype."""
         import torch
 
@@ -965,6 +1008,9 @@ class _Engine:
                 found.append(f"'{load.tensor.name}' of '{load.model}' has {counts}")
         if found:
             what, fix = "; ".join(found), "Mend the checkpoint, or write `non_finite: keep` under `output:`."
+        elif suspects:
+            what = f"a value overflows before it comes to '{suspects[0]}'"
+            fix = "Round to a wider dtype there, or use smaller weights."
         else:
             what = f"values overflow {row.dtype.name} (its largest is {row.dtype.largest:g})"
             fix = "Write a wider `dtype:` under `output:`, or smaller weights."
@@ -1057,7 +1103,7 @@ def execute(
     progress: Callable[[int, int], None] = lambda bytes_in, bytes_out: None,
     drop_behind: bool = False,
 ) -> Report:
-    """Fill the rows of a plan, but for those `finished` before, in order, into `sink`.
+    """Fill the rows of a plan, but for those `finished` before, in the order of what they read, into `sink`.
 
     `paths` gives the local file of each (model, file) that rows read; `memory` is in bytes; `stop` ends the work after the blocks
     in flight. `device` is `cpu`, `cuda`, `cuda:1`, or `staged:cpu`, which takes the way of a device on the CPU.
@@ -1065,8 +1111,19 @@ def execute(
     Interrupted when stopped.
     """
     way = _Cpu() if device == "cpu" else _Staged(device.removeprefix("staged:"))
-    rows = [index for index in range(len(plan.rows)) if not finished or index not in finished]
-    # In the order of the files, so that reading is one sweep; rows that need nothing from a file come first.
+    position = {model: place for place, model in enumerate(plan.models)}
+
+    def place_of_first_load(index: int) -> tuple[int, str, int]:
+        expression: Expression | None = plan.rows[index].expression
+        while isinstance(expression, Apply):
+            expression = next(iter(expression.inputs), None)
+        return (
+            (position[expression.model], expression.tensor.file, expression.tensor.begin) if expression else (-1, "", 0)
+        )
+
+    # In the order of the files, so that reading is one sweep, and rows of several outputs over one tensor follow each other
+    # while it is in the page cache; rows that need nothing from a file come first.
+    rows = sorted((i for i in range(len(plan.rows)) if not finished or i not in finished), key=place_of_first_load)
     with contextlib.closing(_Files(paths, reading)) as files:
         engine = _Engine(
             plan,

@@ -10,6 +10,7 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import PurePosixPath
 
 from mergeflow.checkpoint import encode_header
 from mergeflow.dtypes import DType
@@ -50,16 +51,19 @@ def lay_out(
 ) -> tuple[list[File], tuple[str, bytes] | None]:
     """The files of an output, and its index (name and content) where there are several.
 
-    Without `shard_size` the tensors go into files named and filled as those of `like`; where that leaves a file empty,
-    and with `shard_size`, they are packed anew in order. A tensor larger than `shard_size` has a file of its own.
+    Without `shard_size` the tensors go into files named and filled as those of `like`, without the folders that these lie
+    in; where that leaves a file empty or gives two one name, and with `shard_size`, they are packed anew in order. A tensor
+    larger than `shard_size` has a file of its own.
     """
-    found = _NUMBERED.fullmatch(like_files[0]) if like_files else None
+    plain = {name: PurePosixPath(name).name for name in like_files}
+    follows = len(set(plain.values())) == len(plain) and {t.like_file for t in tensors} - {None} == set(like_files)
+    found = _NUMBERED.fullmatch(plain[like_files[0]]) if like_files else None
     stem = found[1] if found else "model"
     groups: dict[str, list[Tensor]] = {}
-    if shard_size is None and like_files and {t.like_file for t in tensors} - {None} == set(like_files):
+    if shard_size is None and like_files and follows:
         for tensor in tensors:
             groups.setdefault(tensor.like_file or like_files[-1], []).append(tensor)
-        groups = {name: groups[name] for name in like_files}
+        groups = {plain[name]: groups[name] for name in like_files}
     else:
         packed = _packed(tensors, shard_size or DEFAULT_SHARD_SIZE)
         count = len(packed)

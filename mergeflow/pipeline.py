@@ -7,6 +7,7 @@ here about numbers or bytes: a step is called, its result handed to the next.
 from __future__ import annotations
 
 import gc
+import json
 import os
 import platform
 import signal
@@ -18,6 +19,8 @@ from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from blake3 import blake3
 
 from mergeflow import __version__
 from mergeflow.checkpoint import Checkpoint, open_checkpoint
@@ -35,8 +38,8 @@ from mergeflow.errors import (
 from mergeflow.graph import Apply, Plan, SideFile
 from mergeflow.hub import is_local, locate
 from mergeflow.ops.unchanged import Unchanged
-from mergeflow.planning import like_and_tokenizer, loads, make_plan, needed_models
-from mergeflow.publishing import side_files
+from mergeflow.planning import like_and_tokenizer, loads, make_plan, needed_models, plan_digest
+from mergeflow.publishing import CARD, RECIPE, side_files
 from mergeflow.recipe import Recipe
 from mergeflow.writing import MANIFEST, Finished, Staging, finished_digest, free_bytes, refuse, repair
 
@@ -104,6 +107,8 @@ def plan(recipe: Recipe, *, out: str | Path | None = None) -> Plan:
     made = make_plan(recipe, open_models(recipe))
     files = list(made.side_files)
     warnings = list(made.warnings)
+    idle = ", ".join(name for name in recipe.models if name not in made.models)
+    notes = (*made.notes, f"no output needs {idle}, so nothing of it is read") if idle else made.notes
     for output in recipe.outputs.values():
         like, tokenizer = like_and_tokenizer(recipe, output)
         rows = [row for row in made.rows if row.output == output.key]
@@ -137,7 +142,28 @@ def plan(recipe: Recipe, *, out: str | Path | None = None) -> Plan:
         files = [file for file in files if file.output != output.key or file.file not in taken]
         files += beside
         warnings += lints
-    return replace(made, side_files=tuple(files), warnings=tuple(dict.fromkeys(warnings)))
+    parts = {**made.parts, "the files beside the weights": _digest_beside(files, made.models)}
+    return replace(
+        made,
+        side_files=tuple(files),
+        warnings=tuple(dict.fromkeys(warnings)),
+        notes=notes,
+        parts=parts,
+        digest=plan_digest(parts),
+    )
+
+
+def _digest_beside(files: list[SideFile], models: Mapping[str, Checkpoint]) -> str:
+    """A digest of what stands beside the weights, but for what only retells the recipe: what is copied, by its stamp."""
+    hasher = blake3()
+    for file in sorted(files, key=lambda file: (file.output, file.file)):
+        if file.content is None:
+            told = models[file.model].stamp(file.name).encode()
+        else:
+            told = b"" if file.file in (CARD, RECIPE) else file.content
+        hasher.update(f"{file.output}\n{file.file}\n{len(told)}\n".encode())
+        hasher.update(told)
+    return hasher.hexdigest()
 
 
 def _ops(rows: list[Any]) -> list[tuple[str, str | None]]:
@@ -202,18 +228,20 @@ def run(
     clock.lap("plan")
     if not fresh and finished_digest(target) == made.digest:
         return Result(target, made.digest, made=False, rows=len(made.rows), warnings=made.warnings)
-    refuse(target, force)
+    _check_target(made, target, force)
     planned(made)
     budget = Budget.of(made, memory, threads)
     clock.lap("budget")
     import torch  # noqa: F401  here, so that what it takes is not counted as work
 
     clock.lap("start_up")
+    # Bits may differ between devices: a run goes on only from what the same kind of device made.
+    parts = {**made.parts, "the device": device.partition(":")[0]}
     with _signals() as stop:
         staging = Staging.open(
             target,
-            digest=made.digest,
-            parts=made.parts,
+            digest=plan_digest(parts),
+            parts=parts,
             shards=made.shards,
             rows=made.rows,
             force=force,
@@ -238,7 +266,13 @@ def run(
             for file in made.side_files:
                 _write_side_file(staging, file, made.models)
             for key in recipe.outputs:
-                staging.add(_below(key, MANIFEST), _manifest(made, finished, key))
+                # Card and recipe retell what the manifest holds, with paths as they are seen from where they stand.
+                beside = {
+                    file.file: staging.path / _below(key, file.file)
+                    for file in made.side_files
+                    if file.output == key and file.file not in (CARD, RECIPE)
+                }
+                staging.add(_below(key, MANIFEST), _manifest(made, finished, beside, key))
             staging.publish()
             clock.lap("publish")
     return Result(
@@ -252,6 +286,36 @@ def run(
         seconds={**clock.laps, **{f"threads.{key}": value for key, value in report.seconds.items()}},
         warnings=made.warnings,
     )
+
+
+def _check_target(made: Plan, target: Path, force: bool) -> None:
+    """Raise RecipeError for a target that must not be written: one that stands in the way, or holds an input."""
+    for name, checkpoint in made.models.items():
+        if checkpoint.folder.revision is not None:
+            continue
+        for path in checkpoint.folder.local(list(checkpoint.files)).values():
+            if Path(os.path.realpath(path)).is_relative_to(os.path.realpath(target)):
+                raise RecipeError(
+                    f"holds the model '{name}', which this run reads",
+                    where=str(target),
+                    fix="Give another folder with -o.",
+                )
+    try:
+        refuse(target, force)
+    except RecipeError as error:
+        changed = _what_changed(made, target)
+        if changed:
+            error.what += f", made by a plan that differs in {changed}"
+        raise
+
+
+def _what_changed(made: Plan, target: Path) -> str:
+    """The parts in which a finished output's plan was another, as words; empty where that cannot be told."""
+    try:
+        before = json.loads((target / MANIFEST).read_bytes())["parts"]
+        return ", ".join(part for part, digest in made.parts.items() if before.get(part) != digest)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return ""
 
 
 def _fill(
@@ -476,10 +540,8 @@ def _write_side_file(staging: Staging, file: SideFile, models: Mapping[str, Chec
         staging.copy(target, models[file.model].folder.local([file.name])[file.name])
 
 
-def _manifest(made: Plan, finished: Mapping[int, Finished], key: str) -> bytes:
+def _manifest(made: Plan, finished: Mapping[int, Finished], beside: Mapping[str, Path], key: str) -> bytes:
     """What was made, from what, with digests; the same bytes for the same plan on the same software."""
-    import json
-
     inputs: dict[str, Any] = {}
     for name, checkpoint in made.models.items():
         inputs[name] = {
@@ -518,6 +580,10 @@ def _manifest(made: Plan, finished: Mapping[int, Finished], key: str) -> bytes:
         "software": {"mergeflow": __version__, "torch": version("torch"), "machine": platform.machine()},
         "inputs": inputs,
         "tensors": tensors,
+        "files": {
+            name: {"size": len(content), "digest": blake3(content).hexdigest()}
+            for name, content in ((name, path.read_bytes()) for name, path in beside.items())
+        },
     }
     return (json.dumps(data, indent=1, sort_keys=True, ensure_ascii=False) + "\n").encode()
 
@@ -539,7 +605,7 @@ def foresee(
     if finished_digest(out) == made.digest:
         return replace(made, notes=(*made.notes, f"{out} is already made")), budget, free
     try:
-        refuse(out, force=False)
+        _check_target(made, out, force=False)
     except RecipeError as error:
         made = replace(made, warnings=(*made.warnings, str(error)))
     return made, budget, free

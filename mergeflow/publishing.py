@@ -61,9 +61,6 @@ LEFT_BEHIND = (
     MANIFEST,
     "*.index.json",
     "adapter_*",
-    "quantize_config.json",
-    "quant_config.json",
-    "hf_quant_config.json",
     "trainer_state.json",
     "training_args.*",
     "*_results.json",
@@ -71,6 +68,7 @@ LEFT_BEHIND = (
     "optimizer.*",
     "scheduler.*",
 )
+QUANTISATION = ("quantize_config.json", "quant_config.json", "hf_quant_config.json")
 LEFT_FOLDERS = ("runs", "global_step*", "checkpoint-*")
 
 VOCABULARY_IDS = (
@@ -107,13 +105,15 @@ def side_files(
     ops: Sequence[tuple[str, str | None]],
     tied: bool | None,
     space: str,
+    quantised: bool = False,
 ) -> tuple[tuple[SideFile, ...], tuple[str, ...]]:
     """The files beside an output's shards, sorted by name, and the warnings that go with them.
 
     `output` is the output's key; `like` gives config and side files, `tokenizer` (None: `like`) the tokenizer's files
     and token ids; `inputs` are the checkpoints the output is made of, in the recipe's order. `dtypes` counts the bytes
     written in each dtype (torch's names). `config` and `card` are the recipe's overrides, `ops` the ops used with their
-    papers. `tied` sets the flag of tied embeddings, None leaves it. Raises InputError for JSON that cannot be read,
+    papers. `tied` sets the flag of tied embeddings, None leaves it. `quantised` says that the tensors are `like`'s quantised
+    ones as stored, so that what it says of them is kept. Raises InputError for JSON that cannot be read,
     RecipeError for a card that YAML cannot say.
     """
     where = f"outputs.{output}" if output else "output"
@@ -131,11 +131,11 @@ def side_files(
 
     made: dict[str, Any] | None = None
     if like is not None:
-        copy(like_name, _copied(like, like_name, _like_files(like), where, warnings))
+        copy(like_name, _copied(like, like_name, _like_files(like, quantised), where, warnings))
         warnings += _code(like, like_name, where)
         warnings += _modules(like, like_name, where)
         if like.config is not None:
-            made = _config(like.config, dtypes, config, tied, follow)
+            made = _config(like.config, {} if quantised else dtypes, config, tied, follow, quantised)
             write(CONFIG, _json(made, like_name))
         generation = _generation(like, follow)
         if generation is not None:
@@ -194,8 +194,9 @@ def _tokenizer_files(model: Checkpoint) -> Iterator[str]:
     return filter(_is_tokenizer, _plain_names(model))
 
 
-def _like_files(like: Checkpoint) -> Iterator[str]:
+def _like_files(like: Checkpoint, quantised: bool) -> Iterator[str]:
     """What is copied from `like`: side files and licences, without config, tokenizer and what training left."""
+    left = LEFT_BEHIND if quantised else (*LEFT_BEHIND, *QUANTISATION)
     for name in _plain_names(like):
         file = PurePosixPath(name)
         if _fits(name.upper(), LICENCES):
@@ -203,7 +204,7 @@ def _like_files(like: Checkpoint) -> Iterator[str]:
                 yield name
         elif name == CONFIG or file.suffix not in SIDE_SUFFIXES:
             continue  # a config below the top (1_Pooling/) is a side file, the one at the top is made here
-        elif not _is_tokenizer(name) and not _fits(file.name, LEFT_BEHIND):
+        elif not _is_tokenizer(name) and not _fits(file.name, left):
             yield name
 
 
@@ -270,9 +271,13 @@ def _config(
     overrides: Mapping[str, Any],
     tied: bool | None,
     follow: Checkpoint | None,
+    quantised: bool,
 ) -> dict[str, Any]:
     """`like`'s config as the output's: its own keys in their order, then what is new."""
-    config = {key: value for key, value in source.items() if key not in ("_name_or_path", "quantization_config")}
+    dropped = ("_name_or_path",) if quantised else ("_name_or_path", "quantization_config")
+    config = {key: value for key, value in source.items() if key not in dropped}
+    if isinstance(config.get("text_config"), dict):
+        config["text_config"] = {key: value for key, value in config["text_config"].items() if key not in dropped}
     dtype = _written_dtype(dtypes)
     if dtype is not None:
         if not any(key in config for key in DTYPE_KEYS):
@@ -510,7 +515,7 @@ def _card_text(
         "## How it was made",
         f"`{RECIPE}` in this folder is the whole recipe, with every value filled in; `{MANIFEST}` lists what was read "
         "and written, with hashes. To make it again:",
-        f"```bash\nmergeflow run {RECIPE}\n```",
+        f"```bash\nmergeflow run {RECIPE} -o ../again\n```",
         f"{fence}yaml\n{recipe}{fence}",
     ]
     return "\n\n".join(parts) + "\n"

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import resource
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -18,11 +20,12 @@ from torch import Tensor
 from mergeflow import Recipe, executing, plan, run
 from mergeflow.checkpoint import open_checkpoint
 from mergeflow.dtypes import BY_NAME
-from mergeflow.errors import InputError, Interrupted, MergeflowError, NumericError, Problems, RecipeError
+from mergeflow.errors import InputError, Interrupted, MachineError, MergeflowError, NumericError, Problems, RecipeError
 from mergeflow.executing import check_tied, execute
 from mergeflow.graph import Apply, Expression, Load, Measure, Plan, Row
 from mergeflow.hub import locate
 from mergeflow.ops import LEAF, Block, Linear, Op, Reduction, Ties
+from mergeflow.writing import Staging
 
 F = torch.float32
 SIZES = (1, 3, LEAF - 1, LEAF, LEAF + 1, 2 * LEAF + 77, 3 * LEAF)
@@ -360,6 +363,98 @@ def test_what_several_outputs_share_is_read_once_and_the_same_in_each(tmp_path: 
         assert_close(got["twice"], 2 * mean)
         assert_close(got["arc"], 1.5 * mean)
         assert torch.equal(got["plain"], a.double())
+
+
+class Ordered(Kept):
+    """A sink that notes in which order rows are begun."""
+
+    def __init__(self, made: Plan) -> None:
+        super().__init__(made)
+        self.order: dict[int, None] = {}
+
+    def memory(self, row: int, start: int, stop: int) -> list[memoryview]:
+        self.order.setdefault(row)
+        return super().memory(row, start, stop)
+
+
+MIXED = {f"t{i}": noise(i, 2 * LEAF + i, dtype=(torch.bfloat16, F)[i % 2]) for i in range(12)}
+
+
+@pytest.mark.usefixtures("small")
+def test_rows_of_several_outputs_over_one_tensor_follow_each_other(tmp_path: Path) -> None:
+    other = {name: tensor + 1 for name, tensor in MIXED.items()}
+    nodes = {
+        "mean": {"op": "linear", "inputs": ["a", "b"]},
+        "late": {"op": "scale", "model": "b", "by": 3},
+        "twice": {"op": "scale", "model": "a", "by": 2},
+    }
+    outputs = {key: {"node": key} for key in nodes}
+    made = plan(recipe_of(tmp_path, {"a": MIXED, "b": other}, nodes, outputs=outputs))
+    sink = Ordered(made)
+    execute(made, paths_of(made), sink, threads=1)
+    order = [(made.rows[index].output, made.rows[index].name) for index in sink.order]
+    of_a, of_b = (made.models[name].tensors.values() for name in "ab")
+    by_place = [[tensor.name for tensor in sorted(of, key=lambda one: one.begin)] for of in (of_a, of_b)]
+    assert order == [
+        *((output, name) for name in by_place[0] for output in ("mean", "twice")),
+        *(("late", name) for name in by_place[1]),
+    ]
+    assert sink.rows == executed(made).rows
+
+
+@pytest.mark.usefixtures("small")
+def test_one_output_of_one_dtype_is_written_in_the_order_of_its_shards(tmp_path: Path) -> None:
+    tensors = {f"layers.{i}.w": noise(i, LEAF + i) for i in range(12)}
+    (tmp_path / "a").mkdir()
+    save_sharded(tmp_path / "a", tensors, 3)
+    save(tmp_path / "b", tensors)
+    made = plan(recipe_of(tmp_path, {"a": "a", "b": "b"}, {"m": {"op": "linear", "inputs": ["a", "b"]}}))
+    sink = Ordered(made)
+    execute(made, paths_of(made), sink, threads=1)
+    places = [(made.rows[index].shard, made.rows[index].offset) for index in sink.order]
+    assert len(made.shards) == 3 and places == sorted(places) and len(places) == 12
+
+
+@pytest.mark.usefixtures("small")
+def test_memory_of_the_writer_stays_bounded_for_outputs_whose_shards_have_another_order(tmp_path: Path) -> None:
+    other = {name: tensor + 1 for name, tensor in MIXED.items()}
+    nodes = {"mean": {"op": "linear", "inputs": ["a", "b"]}, "twice": {"op": "scale", "model": "a", "by": 2}}
+    outputs = {key: {"node": key, "shard_size": "1GB"} for key in nodes}
+    (tmp_path / "a").mkdir()
+    save_sharded(tmp_path / "a", MIXED, 3)
+    made = plan(recipe_of(tmp_path, {"a": "a", "b": other}, nodes, outputs=outputs))
+    assert len(made.shards) == 2
+    order: dict[int, None] = {}
+    most = 0
+
+    class Watched(Kept):
+        def memory(self, row: int, start: int, stop: int) -> list[memoryview]:
+            nonlocal most
+            order.setdefault(row)
+            pieces = staging.memory(row, start, stop)
+            most = max(most, staging._made)
+            return pieces
+
+        def filled(self, row: int, start: int, stop: int) -> None:
+            staging.filled(row, start, stop)
+
+        def row_done(self, row: int, digest: str, inputs: Mapping[str, str]) -> None:
+            staging.row_done(row, digest, inputs)
+
+    size = 2**18
+    with Staging.open(
+        tmp_path / "out", digest="d", parts={}, shards=made.shards, rows=made.rows, pool_bytes=0, extent_bytes=size
+    ) as staging:
+        execute(made, paths_of(made), Watched(made), threads=2)
+        staging.publish()
+    assert sum(shard.size for shard in made.shards) > 30 * size and most <= 12
+    offsets = [made.rows[index].offset for index in order if made.rows[index].output == "mean"]
+    assert offsets != sorted(offsets), "holes were left, and filled later"
+    right = executed(made).rows
+    for index, row in enumerate(made.rows):
+        shard = made.shards[row.shard]
+        data = (tmp_path / "out" / shard.output / shard.file).read_bytes()
+        assert data[row.offset : row.offset + row.nbytes] == right[index]
 
 
 def test_sizes_around_the_real_cuts(tmp_path: Path) -> None:
@@ -874,6 +969,66 @@ def test_a_file_that_cannot_be_opened_is_an_input_error(tmp_path: Path) -> None:
     (tmp_path / "a" / "model.safetensors").unlink()
     with pytest.raises(InputError, match=r"model\.safetensors: cannot open the file: No such file"):
         execute(made, paths, Kept(made))
+
+
+@pytest.fixture
+def few_files() -> Iterator[Callable[[int], None]]:
+    """Let this process open only so many files more, until the test ends."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    yield lambda more: resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/proc/self/fd")) + more, hard))
+    resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+def plan_of_many_shards(tmp_path: Path) -> Plan:
+    (tmp_path / "a").mkdir()
+    save_sharded(tmp_path / "a", {f"t{i}": noise(i, 10) for i in range(30)}, 30)
+    return plan(recipe_of(tmp_path, {"a": "a"}, {"m": {"op": "scale", "model": "a", "by": 2}}))
+
+
+def test_models_of_many_shards_open_as_many_files_as_the_machine_lets_them(
+    tmp_path: Path, few_files: Callable[[int], None]
+) -> None:
+    made = plan_of_many_shards(tmp_path)
+    few_files(20)
+    assert len(executed(made).done) == 30
+
+
+@READING
+@pytest.mark.parametrize("more", [20, 21])
+def test_too_many_open_files_are_an_error_of_the_machine_that_says_what_to_do(
+    more: int, reading: Any, tmp_path: Path, few_files: Callable[[int], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(executing, "_allow_open_files", lambda: None)
+    made = plan_of_many_shards(tmp_path)
+    opened = len(os.listdir("/proc/self/fd"))
+    few_files(more)
+    with pytest.raises(MachineError, match=r"safetensors: cannot open the file: Too many open files\..*ulimit -n"):
+        executed(made, reading=reading)
+    assert len(os.listdir("/proc/self/fd")) == opened
+
+
+@pytest.mark.parametrize("code", [errno.ENODEV, errno.ENOMEM])
+def test_a_file_that_cannot_be_mapped_is_read_by_call(
+    code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = plan(recipe_of(tmp_path, models_of("abc", {"w": (LEAF + 1,)}), EVERYTHING))
+    right = executed(made).rows
+
+    def refused(*args: Any, **options: Any) -> Any:
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(executing.mmap, "mmap", refused)
+    assert executed(made, reading="mmap").rows == right
+
+
+@READING
+def test_a_file_that_became_empty_is_an_input_error_and_no_descriptor_stays_open(reading: Any, tmp_path: Path) -> None:
+    made = plan(recipe_of(tmp_path, models_of("ab", {"w": (10,)}), {"m": {"op": "linear", "inputs": ["a", "b"]}}))
+    os.truncate(tmp_path / "b" / "model.safetensors", 0)
+    opened = len(os.listdir("/proc/self/fd"))
+    with pytest.raises(InputError, match=r"b/model\.safetensors: the file (became empty|ends at byte)"):
+        executed(made, reading=reading)
+    assert len(os.listdir("/proc/self/fd")) == opened
 
 
 def test_inputs_are_never_written_to_and_no_descriptor_stays_open(tmp_path: Path) -> None:

@@ -44,6 +44,21 @@ def test_one_file_keeps_its_name_and_has_no_index() -> None:
     assert index is None
 
 
+def test_folders_that_the_files_of_like_lie_in_are_left_behind() -> None:
+    files, index = laid([tensor("a", 2, "sub/model.safetensors")], ["sub/model.safetensors"])
+    assert names(files) == {"model.safetensors": ["a"]}
+    assert index is None
+    deep = [f"sub/{name}" for name in TWO]
+    files, index = laid([tensor("a", 2, deep[0]), tensor("b", 2, deep[1])], deep)
+    assert names(files) == {TWO[0]: ["a"], TWO[1]: ["b"]}
+    assert index is not None
+    assert index[0] == "model.safetensors.index.json"
+    assert json.loads(index[1])["weight_map"] == {"a": TWO[0], "b": TWO[1]}
+    same = ["x/model.safetensors", "y/model.safetensors"]
+    files, _ = laid([tensor("a", 2, same[0]), tensor("b", 2, same[1])], same)
+    assert names(files) == {"model.safetensors": ["a", "b"]}
+
+
 def test_a_tensor_that_like_lacks_goes_into_its_last_file() -> None:
     files, _ = laid([tensor("a", 2), tensor("b", 2, TWO[1]), tensor("new", 2, None)])
     assert names(files)[TWO[1]] == ["b", "new"]

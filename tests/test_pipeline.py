@@ -19,11 +19,13 @@ from typing import Any
 
 import pytest
 import torch
+from blake3 import blake3
 from checkpoints import digest_of, files_of, same, save, save_sharded, save_zeros, weights_of
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from mergeflow import MachineError, Recipe, load_recipe, pipeline, plan, run
-from mergeflow.errors import ClaimedError, InputError, Interrupted, RecipeError
+from mergeflow.errors import ClaimedError, InputError, Interrupted, NumericError, RecipeError
 from mergeflow.writing import MANIFEST
 
 ROOT = Path(__file__).parent.parent
@@ -460,7 +462,15 @@ def test_a_run_killed_at_any_moment_goes_on_to_the_same_bytes(
         shutil.rmtree(target)
 
         def kill(child: int) -> None:
-            time.sleep(chance.uniform(0, 0.9 * whole))
+            if chance.random() < 0.5:
+                time.sleep(chance.uniform(0, 0.9 * whole))
+            else:  # at a moment when there is something to go on from, however busy the machine is
+                journal, wanted = tmp_path / ".out.staging" / "journal.jsonl", chance.randint(2, 20)
+                late = time.monotonic() + 10
+                while time.monotonic() < late and not target.exists():
+                    if journal.exists() and journal.read_bytes().count(b"\n") >= wanted:
+                        break
+                    time.sleep(0.002)
             with contextlib.suppress(ProcessLookupError):
                 os.kill(child, signal.SIGKILL)
 
@@ -769,3 +779,99 @@ def test_the_plan_says_how_much_memory_is_too_little(large: Path) -> None:
     assert budget.threads < 8, "threads give way to memory"
     assert budget.peak <= 64 * MIB
     assert pipeline.Budget.of(made, 1024 * MIB, 8).threads == 8
+
+
+def test_a_trim_under_a_float64_model_keeps_what_it_keeps_alone(tmp_path: Path) -> None:
+    generator = torch.Generator().manual_seed(0)
+    base = torch.randn(200_000, generator=generator) * 1e-10
+    changed = torch.randint(0, 2, (200_000,), generator=generator).float() * 0.2 - 0.1
+    for name, tensor in (("base", base), ("a", changed), ("wide", torch.zeros(200_000, dtype=torch.float64))):
+        (tmp_path / name).mkdir()
+        save_file({"w": tensor}, tmp_path / name / "model.safetensors")
+    ties = {"op": "ties", "base": "base", "inputs": ["a"], "density": 0.3}
+    nested = {"op": "linear", "inputs": [ties, "wide"], "normalize": False}
+    recipe = Recipe(
+        models={name: f"./{name}" for name in ("base", "a", "wide")},
+        nodes={"m": nested},
+        output={"like": "wide"},
+        folder=tmp_path,
+    )
+    run(recipe, tmp_path / "out")
+    merged = load_file(tmp_path / "out" / "model.safetensors")["w"]
+    assert int((merged.abs() > 1e-3).sum()) == 60_000
+
+
+def test_a_changed_config_beside_the_weights_is_another_plan(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        save_file({"w": torch.ones(3)}, tmp_path / name / "model.safetensors")
+        (tmp_path / name / "config.json").write_text('{"model_type": "x"}')
+    recipe = Recipe(
+        models={"a": "./a", "b": "./b"}, nodes={"m": {"op": "linear", "inputs": ["a", "b"]}}, folder=tmp_path
+    )
+    assert run(recipe, tmp_path / "out").made
+    assert not run(recipe, tmp_path / "out").made
+    (tmp_path / "a" / "config.json").write_text('{"model_type": "y"}')
+    with pytest.raises(RecipeError, match="exists"):
+        run(recipe, tmp_path / "out")
+
+
+def test_an_overflow_before_an_op_that_would_hide_it_is_told(tmp_path: Path) -> None:
+    for name, value in (("base", 0.0), ("big", 1e6), ("b", -1.0), ("c", -2.0)):
+        (tmp_path / name).mkdir()
+        save_file({"w": torch.full((5,), value)}, tmp_path / name / "model.safetensors")
+    big = {"op": "cast", "model": "big", "to": "float16"}
+    recipe = Recipe(
+        models={name: f"./{name}" for name in ("base", "big", "b", "c")},
+        nodes={"m": {"op": "ties", "base": "base", "inputs": [big, "b", "c"], "vote": "count"}},
+        folder=tmp_path,
+    )
+    with pytest.raises(NumericError, match="overflows before it comes to 'ties'"):
+        run(recipe, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_run_never_replaces_the_model_it_reads(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        save_file({"w": torch.ones(3)}, tmp_path / name / "model.safetensors")
+    nodes = {"m": {"op": "linear", "inputs": ["a", "b"]}}
+    run(Recipe(models={"a": "./a", "b": "./b"}, nodes=nodes, folder=tmp_path), tmp_path / "out")
+    before = (tmp_path / "out" / "model.safetensors").read_bytes()
+    (tmp_path / "link").symlink_to("out")
+    for path in ("./out", "./link"):
+        again = Recipe(models={"a": path, "b": "./b"}, nodes=nodes, folder=tmp_path)
+        with pytest.raises(RecipeError, match="holds the model 'a', which this run reads"):
+            run(again, tmp_path / "out", force=True)
+    assert (tmp_path / "out" / "model.safetensors").read_bytes() == before
+
+
+def test_a_target_of_another_plan_is_told_with_what_differs(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        save_file({"w": torch.ones(3)}, tmp_path / name / "model.safetensors")
+    nodes = {"m": {"op": "linear", "inputs": ["a", "b"]}}
+    recipe = Recipe(models={"a": "./a", "b": "./b"}, nodes=nodes, folder=tmp_path)
+    run(recipe, tmp_path / "out")
+    os.utime(tmp_path / "a" / "model.safetensors", ns=(1, 1))
+    with pytest.raises(RecipeError, match="differs in the inputs' files"):
+        run(recipe, tmp_path / "out")
+
+
+def test_the_manifest_has_a_digest_of_each_file_that_travels_with_the_weights(tmp_path: Path) -> None:
+    (tmp_path / "a").mkdir()
+    save_file({"w": torch.ones(3)}, tmp_path / "a" / "model.safetensors")
+    (tmp_path / "a" / "config.json").write_text("{}")
+    (tmp_path / "a" / "vocab.txt").write_text("x\n")
+    run(Recipe(models={"a": "./a"}, nodes={}, output={"node": "a"}, folder=tmp_path), tmp_path / "out")
+    told = json.loads((tmp_path / "out" / MANIFEST).read_text())["files"]
+    there = {path.name for path in (tmp_path / "out").iterdir()} - {
+        MANIFEST,
+        "model.safetensors",
+        "README.md",
+        "recipe.yaml",
+    }
+    assert told.keys() == there
+    for name, fact in told.items():
+        content = (tmp_path / "out" / name).read_bytes()
+        assert fact == {"size": len(content), "digest": blake3(content).hexdigest()}

@@ -22,7 +22,7 @@ from mergeflow.errors import MergeflowError, Problems
 from mergeflow.graph import Apply, Expression, Load, Plan
 from mergeflow.ops import Linear, TaskArithmetic, TaskVector
 from mergeflow.ops.unchanged import Unchanged
-from mergeflow.planning import loads, needed_models
+from mergeflow.planning import keeps_quantisation, loads, needed_models
 from mergeflow.recipe import Recipe
 
 Shapes = Mapping[str, Any]
@@ -235,6 +235,17 @@ def test_like_must_have_the_same_tensors(llamas: Workshop) -> None:
         assert f"`like: {name}` must have the tensors of 'm', and it {words}" in line
 
 
+def test_like_must_hold_numbers_of_the_same_kind(llamas: Workshop) -> None:
+    llamas.model("whole", change={NORM: ("int32", (4,))})
+    llamas.model("flags", change={NORM: ("bool", (4,))})
+    for name, dtype in (("whole", "int32"), ("flags", "bool")):
+        for output in ({"like": name}, {"like": name, "dtype": "float32"}):
+            (line,) = llamas.refused(linear("a", "b"), output)
+            assert f"and it has 'model.norm.weight' as {dtype}, not bfloat16" in line
+    (line,) = llamas.refused(linear("whole"), {"like": "a"})
+    assert "and it has 'model.norm.weight' as bfloat16, not int32" in line
+
+
 # Output dtypes.
 
 
@@ -433,9 +444,25 @@ def test_weights_that_cancel_without_an_input_are_an_error(shop: Workshop) -> No
     for name in ("a", "b"):
         shop.model(name)
     shop.model("c", change={NORM: None})
-    inputs = ({"model": "a", "weight": 1.0}, {"model": "b", "weight": -1.0}, {"model": "c", "weight": 1.0})
+    inputs = ({"model": "a", "weight": 0.0}, {"model": "b", "weight": 0.0}, {"model": "c", "weight": 1.0})
     (line,) = shop.refused(arithmetic(*inputs, missing="omit"))
     assert "at 'model.norm.weight': the weights of the inputs that are left sum to 0" in line
+
+
+def test_weights_of_both_signs_are_never_scaled_to_make_up_for_an_input(shop: Workshop) -> None:
+    for name in ("base", "a", "b"):
+        shop.model(name)
+    shop.model("c", change={NORM: None})
+    for left in (-1.0, -0.9, 0.5):
+        inputs = ({"model": "a", "weight": 1.0}, {"model": "b", "weight": left}, {"model": "c", "weight": -0.2})
+        (line,) = shop.refused(arithmetic(*inputs, missing="omit"))
+        assert "at 'model.norm.weight': weights of both signs cannot be scaled" in line
+        assert "Write `base` in place of `omit`" in line
+        shop.plan(arithmetic(*inputs, missing="base"))
+    negative = ({"model": "a", "weight": -0.5}, {"model": "c", "weight": -0.5})
+    assert weights(shop.plan(arithmetic(*negative, missing="omit")))[NORM] == (-1.0,)
+    divided = ({"model": "a", "weight": 1.0}, {"model": "b", "weight": -0.5}, {"model": "c", "weight": 1.0})
+    assert weights(shop.plan(linear(*divided, missing="omit")))[NORM] == (1.0, -0.5)
 
 
 def test_every_input_left_out_gives_the_base_or_an_error(shop: Workshop) -> None:
@@ -583,8 +610,52 @@ def test_quantised_inputs_are_refused_for_computing_and_copied_otherwise(
     nested = {"s": {"op": "select", "rules": ["q"]}, **linear("s", "r")}
     assert any("'s' is quantised" in line for line in llamas.refused(nested))
     assert text(rows(llamas.plan({"m": {"op": "passthrough", "model": "q"}}))[UP]) == "q"
-    rules = [{"match": "*norm*", "model": "r"}, "q"]
-    assert text(rows(llamas.plan({"m": {"op": "select", "rules": rules}}))[UP]) == "q"
+    assert text(rows(llamas.plan({}, {"node": "q"}))[UP]) == "q"
+    assert text(rows(llamas.plan({"m": {"op": "select", "rules": ["q"]}}))[UP]) == "q"
+
+
+def test_a_quantised_base_of_an_input_is_told(llamas: Workshop) -> None:
+    llamas.model("q", config={**CONFIG, "quantization_config": {"bits": 8}})
+    (line,) = llamas.refused(arithmetic("a", {"model": "b", "base": "q"}))
+    assert line.startswith("recipe.nodes.m.inputs.1.base: 'q' is quantised")
+
+
+def test_a_quantised_model_is_known_by_the_names_that_it_stores(llamas: Workshop) -> None:
+    scale = UP.replace(".weight", ".weight_scale")
+    llamas.model("q", change={scale: (1,)})
+    for source in ({"only": ["*.weight"]}, {"rename": {scale: "x"}}):
+        models = {"q": {"path": "./q", **source}}
+        lines = llamas.refused({"m": {"op": "scale", "model": "q", "by": 2.0}}, models=models)
+        assert any(f"'q' is quantised (it has '{scale}')" in line for line in lines)
+
+
+def test_quantised_tensors_go_out_whole_and_as_they_are_or_not_at_all(llamas: Workshop) -> None:
+    config = {**CONFIG, "quantization_config": {"bits": 8}}
+    for name in ("q", "r"):
+        llamas.model(name, change={UP: ("float8_e4m3fn", (4, 4))}, config=config)
+
+    def kept(plan: Plan) -> bool:
+        return keeps_quantisation(plan.rows, "q", plan.models["q"])
+
+    assert kept(llamas.plan({}, {"node": "q"}))
+    assert kept(llamas.plan({"m": {"op": "passthrough", "model": "q"}}))
+    assert not keeps_quantisation(llamas.plan({}, {"node": "a"}).rows, "a", llamas.plan({}, {"node": "a"}).models["a"])
+    norm = {"m": {"op": "select", "rules": [{"match": "*norm*", "model": "r"}, "q"]}}
+    up = {"m": {"op": "select", "rules": [{"match": UP, "model": "q"}, "a"]}}
+    for nodes, output in (
+        (norm, {}),
+        (up, {}),
+        ({}, {"node": "q", "dtype": "bfloat16"}),
+        ({}, {"node": "q", "like": "a"}),
+    ):
+        (line,) = llamas.refused(nodes, output)
+        assert line.startswith("recipe.output: 'q' is quantised (its config.json has a quantization_config)")
+        assert f"without all that explains them: '{UP}'" in line
+        assert "`like: q`" in line
+    plain = {"m": {"op": "select", "rules": [{"match": "*norm*", "model": "q"}, "a"]}}
+    assert text(rows(llamas.plan(plain))[NORM]) == "q"
+    explained = {"config": {"quantization_config": {"bits": 8}}}
+    assert text(rows(llamas.plan(norm, explained))[UP]) == "q"
 
 
 # Tied heads.
@@ -638,6 +709,18 @@ def test_a_tied_head_of_another_shape_is_an_error_when_planning(shop: Workshop) 
     assert "ties 'lm_head.weight' to the embedding, and the file stores another" in line
 
 
+def test_a_model_that_lends_its_config_or_tokenizer_may_store_any_head(shop: Workshop) -> None:
+    without = {HEAD: None}
+    for name in ("a", "b"):
+        shop.model(name, config=TIED, change=without)
+    shop.model("lender", config=TIED)
+    shop.model("speaker", config=TIED, change={HEAD: (12, 4)})
+    plan = shop.plan(linear("a", "b"), {"like": "lender", "tokenizer": "speaker"})
+    assert HEAD not in rows(plan)
+    assert plan.equal == ()
+    assert plan.notes == ()
+
+
 # Vocabularies.
 
 
@@ -669,6 +752,40 @@ def test_tokens_with_different_ids_are_told_with_the_first_five(shop: Workshop) 
     shop.plan(linear("a", "b", vocab="ignore"))
     shop.plan(linear("a", "b", only="@blocks", others={"model": "a"}))
     shop.plan({"m": {"op": "select", "rules": [{"match": "@blocks", "model": "b"}, "a"]}})
+
+
+def test_tokens_are_compared_of_the_models_that_the_rows_come_from(shop: Workshop) -> None:
+    for name in ("a", "base"):
+        shop.model(name, tokens=list("abcdefghij"))
+    for name in ("b", "c"):
+        shop.model(name, tokens=list("jabcdefghi"))
+    chosen = {"s": {"op": "select", "rules": [{"match": "@vocab", "model": "b"}, "a"]}}
+    (line,) = shop.refused({**chosen, **linear("a", "s")})
+    assert line.startswith("recipe.nodes.m.inputs.1: the tokenizers of 'a' and 'b' mean different tokens")
+    # The rows of `s` are those of `b`, whatever gives it the rest.
+    shop.plan({**chosen, **linear("s", "c")})
+    beside = {"s": linear("a", "base", only="@blocks", others={"model": "b"})["m"]}
+    (line,) = shop.refused({**beside, **linear("a", "s")})
+    assert "'a' and 'b' mean different tokens" in line
+    (line,) = shop.refused(arithmetic("a", {"model": "base", "base": "b"}))
+    assert line.startswith("recipe.nodes.m.inputs.1.base: the tokenizers of 'base' and 'b'")
+    # What one node was told to ignore is not asked again above it.
+    ignored = {"s": linear("a", "b", vocab="ignore")["m"]}
+    shop.plan({**ignored, **linear("a", "s")})
+    (line,) = shop.refused({**ignored, **linear("c", "s")})
+    assert "'c' and 'a' mean different tokens" in line
+
+
+def test_a_tokenizer_that_does_not_speak_the_outputs_words_is_a_warning(shop: Workshop) -> None:
+    shop.model("a", tokens=list("abcdefghij"))
+    shop.model("b", tokens=list("jabcdefghi"))
+    chosen = {"s": {"op": "select", "rules": [{"match": "@vocab", "model": "b"}, "a"]}}
+    (warning,) = (line for line in shop.plan(chosen).warnings if "mean different tokens" in line)
+    assert warning.startswith("recipe.output.tokenizer: the tokenizers of 'a' and 'b' mean different tokens by 10 ids")
+    assert "and 5 more" in warning
+    assert "rows of 'b'" in warning
+    for nodes, output in ((chosen, {"tokenizer": "b"}), (linear("a", "b", vocab="ignore"), {}), ({}, {"node": "b"})):
+        assert not any("mean different tokens" in line for line in shop.plan(nodes, output).warnings)
 
 
 def test_a_tokenizer_file_that_cannot_be_read_is_told(shop: Workshop) -> None:
@@ -749,6 +866,17 @@ def test_a_gradient_runs_over_the_layers_and_asks_for_what_is_outside(llamas: Wo
     own["weight"] = {"gradient": [0.0, 3.0], "over": "7-9", "outside": 9.0}
     (line,) = llamas.refused(linear(own, "b"))
     assert line.endswith("`over: 7-9` covers none of the layers. Layers run from 0 to 3.")
+
+
+def test_a_gradient_over_no_layer_at_all_is_a_warning(llamas: Workshop) -> None:
+    gradient = {"gradient": [0.0, 1.0], "outside": 0.5}
+    llamas.model("flat", {"x": (4,), "y": (4,)})
+    words = "the gradient never applies, since none of its tensors is in a numbered layer: all take `outside: 0.5`"
+    flat = {"m": {"op": "scale", "model": "flat", "by": gradient}}
+    assert llamas.plan(flat).warnings == (f"recipe.nodes.m.by: {words}",)
+    rules = [{"match": "@outside", "value": gradient}, {"value": 1.0}]
+    assert llamas.plan(linear("a", "b", weight=rules)).warnings == (f"recipe.nodes.m.weight: {words}",)
+    assert llamas.plan(linear("a", "b", weight=gradient, normalize=False)).warnings == ()
 
 
 def test_weights_that_sum_to_zero_somewhere_are_an_error_with_the_place(llamas: Workshop) -> None:

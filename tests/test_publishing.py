@@ -59,6 +59,7 @@ class Published:
         ops: Sequence[tuple[str, str | None]] = (("linear", None),),
         tied: bool | None = None,
         space: str = "weight",
+        quantised: bool = False,
     ) -> None:
         files, self.warnings = side_files(
             output=output,
@@ -76,6 +77,7 @@ class Published:
             ops=ops,
             tied=tied,
             space=space,
+            quantised=quantised,
         )
         assert [file.file for file in files] == sorted(file.file for file in files)
         self.files: dict[str, SideFile] = {file.file: file for file in files}
@@ -143,6 +145,18 @@ def test_traces_of_where_the_config_came_from_and_of_its_quantisation_are_droppe
     noise = {"_name_or_path": "/home/somebody/x", "quantization_config": {"bits": 4}}
     like = model(tmp_path, "base", {"config.json": {**LLAMA, **noise}})
     assert Published(like).json() == LLAMA
+    parts = model(tmp_path, "parts", {"config.json": {"text_config": {"a": 1, "quantization_config": {"bits": 4}}}})
+    assert Published(parts).json()["text_config"] == {"a": 1}
+
+
+def test_a_quantised_model_that_is_given_out_as_stored_keeps_what_says_how(tmp_path: Path) -> None:
+    config = {**LLAMA, "quantization_config": {"bits": 4}, "dtype": "float16"}
+    files = {"config.json": {"_name_or_path": "/home/x", **config}, "quantize_config.json": {"bits": 4}}
+    like = model(tmp_path, "base", files)
+    published = Published(like, dtypes={"int32": 80, "float32": 8}, quantised=True)
+    assert published.json() == config
+    assert "quantize_config.json" in published.copies()
+    assert "quantize_config.json" not in Published(like).copies()
 
 
 def test_overrides_come_last_and_nested_ones_are_merged(tmp_path: Path) -> None:
@@ -440,7 +454,7 @@ def test_the_card_says_what_a_hub_and_a_reader_need(tmp_path: Path) -> None:
         f"| `chat` | `org/chat-1b` | `{'c' * 40}` |",
         "- `ties` ([arXiv:2306.01708](https://arxiv.org/abs/2306.01708))",
         "- `linear`",
-        "mergeflow run recipe.yaml",
+        "mergeflow run recipe.yaml -o ../again",
         f"```yaml\n{RECIPE}```",
     ):
         assert f"\n{line}\n" in text

@@ -24,11 +24,12 @@ from hypothesis import strategies as st
 
 from mergeflow.digests import PIECE, piece_digest, tensor_digest
 from mergeflow.dtypes import BY_NAME, DType
-from mergeflow.errors import ClaimedError, InputError, MachineError, MergeflowError, RecipeError
+from mergeflow.errors import ClaimedError, InputError, Interrupted, MachineError, MergeflowError, RecipeError
 from mergeflow.graph import Row, Shard
 from mergeflow.writing import MANIFEST, Finished, Staging, finished_digest, free_bytes, repair
 from mergeflow.writing import staging as module
 from mergeflow.writing.claim import Holder
+from mergeflow.writing.shards import piece_digests
 
 ROOT = Path(__file__).parent.parent
 SMALL = 4096  # bytes of an extent in most tests: the smallest that can be written directly
@@ -761,7 +762,212 @@ def test_a_run_whose_claim_was_taken_over_stops(
                 time.sleep(0.01)
 
 
+def test_a_run_that_hashes_again_what_is_there_gives_signs_of_life(
+    target: Path, three: tuple[list[Shard], list[Row]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shards, rows = three
+    with opened(target, shards, rows) as staging:
+        fill_all(staging, rows)
+    monkeypatch.setattr("mergeflow.writing.claim.BEAT_SECONDS", 0.02)
+    beats: list[bool] = []
+
+    def slow(reader: int, start: int, size: int) -> Iterator[bytes]:
+        claim = next(staging_of(target).glob("claim.*"))
+        os.utime(claim, (0, 0))
+        end = time.monotonic() + 5
+        while claim.stat().st_mtime < 1000 and time.monotonic() < end:
+            time.sleep(0.01)
+        beats.append(claim.stat().st_mtime > 1000)
+        yield from piece_digests(reader, start, size)
+
+    monkeypatch.setattr(module, "piece_digests", slow)
+    monkeypatch.setattr("mergeflow.writing.staging.os.cpu_count", lambda: 1)
+    with opened(target, shards, rows) as staging:
+        assert len(staging.finished) == len(rows)
+        staging.discard()
+    assert beats == [True] * len(rows)
+
+
+def test_a_run_that_hashes_again_what_is_there_can_be_stopped_and_loses_nothing(
+    target: Path, three: tuple[list[Shard], list[Row]]
+) -> None:
+    shards, rows = three
+    with opened(target, shards, rows) as staging:
+        fill_all(staging, rows)
+    stop = threading.Event()
+    stop.set()
+    with pytest.raises(Interrupted, match="stopped"):
+        opened(target, shards, rows, stop=stop)
+    assert not list(staging_of(target).glob("claim.*"))
+    stop.clear()
+    with opened(target, shards, rows, stop=stop) as staging:
+        assert len(staging.finished) == len(rows)
+        staging.discard()
+
+
+def test_a_run_whose_claim_was_taken_over_while_it_hashes_again_stops(
+    target: Path, three: tuple[list[Shard], list[Row]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shards, rows = three
+    with opened(target, shards, rows) as staging:
+        fill_all(staging, rows)
+    monkeypatch.setattr("mergeflow.writing.claim.BEAT_SECONDS", 0.02)
+
+    def slow(reader: int, start: int, size: int) -> Iterator[bytes]:
+        for claim in staging_of(target).glob("claim.*"):
+            claim.unlink()
+        for _ in range(500):
+            time.sleep(0.01)
+            yield b""
+
+    monkeypatch.setattr(module, "piece_digests", slow)
+    with pytest.raises(ClaimedError, match="took this output over"):
+        opened(target, shards, rows)
+
+
+# Folders of our names that are not ours.
+
+
+def tree(folder: Path) -> dict[str, bytes | None]:
+    return {str(p.relative_to(folder)): p.read_bytes() if p.is_file() else None for p in folder.rglob("*")}
+
+
+@pytest.mark.parametrize("name", ["thesis.tex", "claim.txt", "claim.1.old", ".git"])
+def test_a_folder_that_only_has_the_name_of_a_staging_folder_is_never_touched(
+    target: Path, three: tuple[list[Shard], list[Row]], name: str
+) -> None:
+    folder = staging_of(target)
+    (folder / name).mkdir(parents=True)
+    for file in ("out", f"{name}/x", "journal.jsonl"):
+        (folder / file).write_text("mine")
+    before = tree(target.parent)
+    for made in (False, True):
+        if made:
+            make_output(target)
+            before = tree(target.parent)
+        repair(target)
+        for fresh in (False, True):
+            with pytest.raises(RecipeError, match=rf"\.out\.staging: is in the way.*'{name}'.*Move it away"):
+                opened(target, *three, fresh=fresh, force=made)
+    assert tree(target.parent) == before
+
+
+def test_an_unfinished_run_beside_a_stranger_is_kept_until_the_stranger_is_gone(
+    target: Path, three: tuple[list[Shard], list[Row]]
+) -> None:
+    shards, rows = three
+    with opened(target, shards, rows) as staging:
+        fill_all(staging, rows)
+        (staging_of(target) / "notes.txt").write_text("mine")
+    with pytest.raises(RecipeError, match=r"notes\.txt"):
+        opened(target, shards, rows)
+    (staging_of(target) / "notes.txt").unlink()
+    with opened(target, shards, rows) as staging:
+        assert len(staging.finished) == len(rows)
+        (staging_of(target) / "notes.txt").write_text("mine")
+        staging.publish()
+    assert tree(staging_of(target)) == {"notes.txt": b"mine"}
+
+
+@pytest.fixture(params=["file", "folder", "link"])
+def strange_aside(target: Path, tmp_path: Path, request: pytest.FixtureRequest) -> Path:
+    """Something of the name that a replaced output has for a moment."""
+    aside = target.with_name(".out.old")
+    if request.param == "file":
+        aside.write_text("mine")
+    elif request.param == "folder":
+        aside.mkdir()
+        (aside / "thesis.tex").write_text("mine")
+    else:
+        make_output(tmp_path / "elsewhere")
+        aside.symlink_to(tmp_path / "elsewhere")
+    return aside
+
+
+def test_what_only_has_the_name_of_a_replaced_output_is_never_touched(
+    target: Path, three: tuple[list[Shard], list[Row]], strange_aside: Path
+) -> None:
+    shards, rows = three
+    before = tree(target.parent)
+    repair(target)
+    assert tree(target.parent) == before
+    for force in (False, True):
+        with opened(target, shards, rows, force=force) as staging:
+            fill_all(staging, rows)
+            staging.add(MANIFEST, b'{"plan": "plan-1"}')
+            staging.publish()
+        repair(target)
+    (target / MANIFEST).unlink()
+    assert written(target, shards) == expected(shards, rows)
+    after = tree(target.parent)
+    assert {name: after.get(name) for name in before} == before
+    assert os.path.lexists(strange_aside)
+
+
+def test_what_is_where_a_replaced_output_must_stand_is_named_and_no_work_is_lost(
+    target: Path, three: tuple[list[Shard], list[Row]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shards, rows = three
+    aside = target.with_name(".out.old")
+    aside.mkdir()
+    (aside / "thesis.tex").write_text("mine")
+    make_output(target)
+    monkeypatch.setattr("mergeflow.writing.staging.rename", refused_rename)
+    with (
+        pytest.raises(RecipeError, match=r"\.out\.old: is in the way.*Move it away"),
+        opened(target, shards, rows, force=True) as staging,
+    ):
+        fill_all(staging, rows)
+        staging.publish()
+    assert (aside / "thesis.tex").exists() and (target / "old.txt").exists()
+    aside.rename(target.with_name("mine"))
+    with opened(target, shards, rows, force=True) as staging:
+        assert len(staging.finished) == len(rows)
+        staging.publish()
+    assert written(target, shards) == expected(shards, rows)
+    assert sorted(p.name for p in target.parent.iterdir()) == ["mine", "out"]
+
+
+def test_a_replaced_output_that_was_half_deleted_is_deleted_by_the_next_run(
+    target: Path, three: tuple[list[Shard], list[Row]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shards, rows = three
+    make_output(target)
+
+    def failing(path: Path) -> None:
+        if (path / MANIFEST).exists():
+            (path / MANIFEST).unlink()
+            raise OSError(errno.EIO, "failing")
+
+    with monkeypatch.context() as patched:
+        patched.setattr("mergeflow.writing.staging.rename", refused_rename)
+        patched.setattr("mergeflow.writing.target.remove", failing)
+        with opened(target, shards, rows, force=True) as staging:
+            fill_all(staging, rows)
+            staging.publish()
+    assert len(list(target.parent.rglob("old.txt"))) == 1
+    repair(target)
+    assert written(target, shards) == expected(shards, rows)
+    assert sorted(p.name for p in target.parent.iterdir()) == ["out"]
+
+
 # Disks that fail.
+
+
+def test_too_many_open_files_are_an_error_of_the_machine_that_says_what_to_do(
+    target: Path, three: tuple[list[Shard], list[Row]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused(self: Any, number: int, view: memoryview) -> None:
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+    with monkeypatch.context() as patched:
+        patched.setattr("mergeflow.writing.shards.ShardFile.write", refused)
+        with pytest.raises(MachineError, match=r"Too many open files.*ulimit -n"), opened(target, *three) as staging:
+            fill_all(staging, three[1])
+            staging.publish()
+    monkeypatch.setattr("mergeflow.writing.shards.ShardFile.reserve", lambda file: refused(file, 0, memoryview(b"")))
+    with pytest.raises(MachineError, match=r"Too many open files.*ulimit -n"):
+        opened(target, *three)
 
 
 def test_a_write_that_fails_is_raised_in_every_caller_and_nothing_hangs(

@@ -70,6 +70,13 @@ class Checkpoint:
             _check_unchanged(path, self.files[name], place_of(self.folder, name))
         return paths
 
+    def stamp(self, name: str) -> str:
+        """What changes when a file's bytes do, without reading them: size and time of change, or the hub's own digest."""
+        if self.folder.revision is not None:
+            return self.folder.sha256(name) or self.folder.revision
+        status = self.folder.local([name])[name].stat()
+        return f"{status.st_size} {status.st_mtime_ns}"
+
     def json(self, name: str) -> Any | None:
         """A JSON file beside the weights; None when there is none. Raises InputError when it cannot be read as JSON."""
         return _read_json(self.folder, name) if self.folder.exists(name) else None

@@ -71,7 +71,8 @@ class _Cosine(Reduction):
 
         rows = []
         for first, second in zip(*(torch.split(tensor, LEAF) for tensor in inputs), strict=True):
-            a, b = first.double(), second.double()
+            # A copy always: what `dot` gives depends on how its memory is aligned, and a copy is aligned in one way.
+            a, b = first.to(torch.float64, copy=True), second.to(torch.float64, copy=True)
             rows.append(torch.stack([torch.dot(a, b), torch.dot(a, a), torch.dot(b, b)]))
         return torch.stack(rows)
 

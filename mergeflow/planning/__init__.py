@@ -14,7 +14,7 @@ from mergeflow.checkpoint import Checkpoint
 from mergeflow.graph import Plan
 from mergeflow.planning.expressions import loads
 from mergeflow.planning.models import EMBEDDINGS, HEADS, QUANTISED, SPACE_KEY
-from mergeflow.planning.planner import Planner, default_like
+from mergeflow.planning.planner import Planner, default_like, keeps_quantisation, plan_digest, references
 from mergeflow.recipe import Output, Recipe
 
 __all__ = [
@@ -22,10 +22,12 @@ __all__ = [
     "HEADS",
     "QUANTISED",
     "SPACE_KEY",
+    "keeps_quantisation",
     "like_and_tokenizer",
     "loads",
     "make_plan",
     "needed_models",
+    "plan_digest",
 ]
 
 
@@ -39,14 +41,8 @@ def make_plan(recipe: Recipe, models: Mapping[str, Checkpoint]) -> Plan:
 
 def needed_models(recipe: Recipe) -> list[str]:
     """The models that the outputs ask for, in the recipe's order: inputs of nodes, `like` and `tokenizer`."""
-    wanted: set[str] = set()
-    todo = [output.node for output in recipe.outputs.values()]
-    todo += [name for output in recipe.outputs.values() for name in (output.like, output.tokenizer) if name]
-    while todo:
-        name = todo.pop()
-        if name not in wanted:
-            wanted.add(name)
-            todo += recipe.nodes[name].references if name in recipe.nodes else ()
+    outputs = recipe.outputs.values()
+    wanted = references(recipe, [name for one in outputs for name in (one.node, one.like, one.tokenizer) if name])
     return [name for name in recipe.models if name in wanted]
 
 

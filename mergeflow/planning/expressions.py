@@ -38,6 +38,8 @@ class Expressions:
         self.ready: dict[Any, Op] = {}
         self.measures: dict[int, bool] = {}
         self.uniform: dict[int, bool] = {}
+        self.agreed: dict[int, str] = {}
+        """Of vocabulary tensors merged under `vocab: ignore`: the model whose words their rows are taken to mean."""
 
     def apply(self, op: Op, inputs: tuple[Expression, ...]) -> Apply:
         """A resolved op on its inputs, with the measure that it needs."""
@@ -65,6 +67,23 @@ class Expressions:
             found = self.wide[id(expression)] = any(map(self.is_wide, expression.inputs))
         return found
 
+    def speakers(self, expression: Expression) -> Iterator[str]:
+        """The models whose words the rows of a vocabulary tensor mean, each once, in the order of the inputs."""
+        seen: set[int | str] = set()
+        todo = [expression]
+        while todo:
+            one = todo.pop()
+            if id(one) in seen:
+                continue
+            seen.add(id(one))
+            model = one.model if isinstance(one, Load) else self.agreed.get(id(one))
+            if model is None:
+                assert isinstance(one, Apply)
+                todo += reversed(one.inputs)
+            elif model not in seen:
+                seen.add(model)
+                yield model
+
     def resolved(self, op: Op, place: Place, kept: Sequence[int], count: int) -> Op:
         """The op with its settings' values at a place for the inputs (of `count`) that are kept; equal values share one op.
 
@@ -87,12 +106,21 @@ class Expressions:
 
 
 def _renormalised(op: Op, values: tuple[Any, ...], place: Place, count: int) -> tuple[Any, ...]:
-    """Weights of the inputs that are left, scaled so that their sum stays, where the op does not divide by it anyway."""
+    """Weights of the inputs that are left, scaled so that their sum stays, where the op does not divide by it anyway.
+
+    Only weights of one sign: of others the sum says nothing about how much each counts, and scaling may turn a sign around.
+    """
     names = list(op.settings())
     if "weight" not in names or ("normalize" in names and values[names.index("normalize")]):
         return values
     index = names.index("weight")
-    total, left = sum(op.values_at(place, range(count))[index]), sum(values[index])
+    given = op.values_at(place, range(count))[index]
+    if min(given) < 0 < max(given):
+        raise RecipeError(
+            "weights of both signs cannot be scaled to make up for an input that is left out",
+            fix="Write `base` in place of `omit`, where the op has a base, or change the weights.",
+        )
+    total, left = sum(given), sum(values[index])
     if abs(left) < 1e-8:
         raise RecipeError("the weights of the inputs that are left sum to 0", fix="Change the weights, or `missing:`.")
     return (*values[:index], tuple(weight * total / left for weight in values[index]), *values[index + 1 :])

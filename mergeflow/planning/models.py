@@ -65,7 +65,7 @@ class ModelTable(Table):
         self.head = ending(self.tensors, HEADS)
         self.embedding = ending(self.tensors, EMBEDDINGS)
         self.tied = from_config(self.config, "tie_word_embeddings") is True and self.embedding is not None
-        self.quantised = self._quantised()
+        self.quantised = quantised(checkpoint)
         self.places = self._places()
         self.loads: dict[str, Load] = {}
 
@@ -141,12 +141,6 @@ class ModelTable(Table):
             known[key] = _with_vocabulary(places(self.tensors), vocab)
         return known[key]
 
-    def _quantised(self) -> str:
-        if from_config(self.config, "quantization_config"):
-            return "its config.json has a quantization_config"
-        found = next((name for name in self.tensors if name.endswith(QUANTISED)), None)
-        return f"it has '{found}'" if found else ""
-
     # Tied heads: a head that the config ties to the embedding is no tensor of its own.
 
     def drop_tied_head(self, *, compare: bool) -> None:
@@ -179,11 +173,30 @@ class ModelTable(Table):
             self.places = self._places()
 
 
-def settle_ties(tables: Sequence[ModelTable], word: str | None, like: str | None) -> None:
-    """Follow `tied`: None drops equal heads of tied models, untie gives every model one, trust_config does as `like`."""
+def quantised(checkpoint: Checkpoint) -> str:
+    """Why a checkpoint's numbers mean nothing without their scales, told from its config and the names as stored; else ''."""
+    if from_config(checkpoint.config or {}, "quantization_config"):
+        return "its config.json has a quantization_config"
+    found = next((name for name in checkpoint.tensors if name.endswith(QUANTISED)), None)
+    return f"it has '{found}'" if found else ""
+
+
+def packed(tensor: StoredTensor) -> bool:
+    """Whether a quantised model's tensor holds packed numbers or their scales, not weights as any model has them."""
+    return tensor.dtype.kind != "float" or tensor.dtype.size < 2 or tensor.name.endswith(QUANTISED)
+
+
+def settle_ties(tables: Sequence[ModelTable], word: str | None, like: str | None, merged: Collection[str]) -> None:
+    """Follow `tied`: None drops equal heads of tied models, untie gives every model one, trust_config does as `like`.
+
+    Heads are compared of the models that are `merged`: one that only lends its config or tokenizer may store any head.
+    """
     if word is None:
         for table in tables:
-            table.drop_tied_head(compare=True)
+            if table.name in merged:
+                table.drop_tied_head(compare=True)
+            elif table.tied:
+                table.drop_head()
         return
     follows = next((table.tied for table in tables if table.name == like), False)
     if word == "trust_config":

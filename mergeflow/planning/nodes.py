@@ -266,7 +266,7 @@ class NodeTable(Table):
         if self.quantised:
             self._tell_quantised()
         if place.vocab and node.vocab != "ignore":
-            self._check_tokens(kept)
+            self._check_tokens(name, kept, expressions, base)
         if isinstance(op, DeltaOp):
             deltas = [
                 expression if is_delta else self._delta(name, index, expression)
@@ -275,7 +275,10 @@ class NodeTable(Table):
             if None in deltas:
                 return self._fallen()
             expressions = [delta for delta in deltas if delta is not None]
-        return self.make.apply(ready, tuple(expressions) if base is None else (base, *expressions))
+        made = self.make.apply(ready, tuple(expressions) if base is None else (base, *expressions))
+        if place.vocab and node.vocab == "ignore":
+            self.make.agreed[id(made)] = next(self.make.speakers(made))
+        return made
 
     def _fallen(self) -> Expression:
         """Something to stand where a problem was noted, so that the others are found too; never part of a finished plan."""
@@ -407,18 +410,29 @@ class NodeTable(Table):
         inputs, flags = zip(*given.values(), strict=True)
         return self.make.apply(Unchanged(deltas=flags, gives_delta=gives_delta), inputs)
 
-    def _check_tokens(self, kept: Iterable[int]) -> None:
-        for index in kept:
-            other = self.inputs[index].leaf
-            clash = self.planner.vocabularies.clash(self.leaf, other)
-            if clash:
-                self.findings.add(
-                    RecipeError(
-                        clash,
-                        where=self.at_input(index),
-                        fix="Their rows mean different words. Write `vocab: ignore` on the node to merge them all the same.",
+    def _check_tokens(
+        self, name: str, kept: Iterable[int], expressions: Iterable[Expression], base: Expression | None
+    ) -> None:
+        """All models whose rows a vocabulary tensor is made of must mean the same words, however deep they are nested."""
+        given = [(base, self.where("base"))] if base is not None else []
+        for index, expression in zip(kept, expressions, strict=True):
+            given.append((expression, self.at_input(index)))
+            own = self.bases[index]
+            if own is not None and own is not self.base and name in own.tensors:
+                given.append((own.expression(name), self.where("inputs", index, "base")))
+        first = next(self.make.speakers(given[0][0]))
+        for expression, where in given:
+            for model in self.make.speakers(expression):
+                clash = self.planner.vocabularies.clash(first, model)
+                if clash:
+                    self.findings.add(
+                        RecipeError(
+                            clash,
+                            where=where,
+                            fix="Their rows mean different words. "
+                            "Write `vocab: ignore` on the node to merge them all the same.",
+                        )
                     )
-                )
 
     def _tell_quantised(self) -> None:
         if self.told_quantised:
@@ -427,6 +441,9 @@ class NodeTable(Table):
         named = [(self.node.inputs[i].model, table, self.at_input(i)) for i, table in enumerate(self.inputs)]
         if self.base is not None:
             named.append((str(self.node.base), self.base, self.where("base")))
+        for index, (one, own) in enumerate(zip(self.node.inputs, self.bases, strict=True)):
+            if one.base and own is not None:
+                named.append((one.base, own, self.where("inputs", index, "base")))
         for name, table, where in named:
             if table.quantised:
                 self.findings.add(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from importlib.metadata import version
 from typing import Any
 
@@ -13,11 +13,11 @@ from mergeflow import __version__
 from mergeflow.checkpoint import Checkpoint
 from mergeflow.dtypes import BY_NAME, DType
 from mergeflow.errors import RecipeError, raise_all
-from mergeflow.graph import Apply, EqualTensors, Expression, Plan, Row, Shard, SideFile
+from mergeflow.graph import Apply, EqualTensors, Expression, Load, Plan, Row, Shard, SideFile
 from mergeflow.layout import Tensor, lay_out
 from mergeflow.planning.expressions import FLOAT64, Expressions, loads
 from mergeflow.planning.findings import Findings, nearest, some
-from mergeflow.planning.models import SPACE_KEY, ModelTable, Table, settle_ties
+from mergeflow.planning.models import SPACE_KEY, ModelTable, Table, packed, quantised, settle_ties
 from mergeflow.planning.nodes import NodeTable
 from mergeflow.planning.vocabulary import Vocabularies
 from mergeflow.recipe import Output, Recipe
@@ -32,6 +32,26 @@ def default_like(recipe: Recipe, name: str) -> str:
         node = recipe.nodes[name]
         name = node.base or node.inputs[-1 if node.op.takes == "rules" else 0].model
     return name
+
+
+def references(recipe: Recipe, names: Iterable[str]) -> set[str]:
+    """The models and nodes of these names, and all that the nodes are made of."""
+    wanted: set[str] = set()
+    todo = list(names)
+    while todo:
+        name = todo.pop()
+        if name not in wanted:
+            wanted.add(name)
+            todo += recipe.nodes[name].references if name in recipe.nodes else ()
+    return wanted
+
+
+def keeps_quantisation(rows: Iterable[Row], like: str, checkpoint: Checkpoint) -> bool:
+    """Whether an output's rows are all those of its quantised `like` as stored, so that what its config says of them holds."""
+    return bool(quantised(checkpoint)) and all(
+        isinstance(row.expression, Load) and row.expression.model == like and row.dtype is row.expression.tensor.dtype
+        for row in rows
+    )
 
 
 class Planner:
@@ -50,7 +70,7 @@ class Planner:
         self.side_files: list[SideFile] = []
         opened = [ModelTable(self, name, recipe.models[name], checkpoint) for name, checkpoint in models.items()]
         self.tables: dict[str, Table] = {table.name: table for table in opened}
-        settle_ties(opened, *self._tied())
+        settle_ties(opened, *self._tied(), references(recipe, [output.node for output in recipe.outputs.values()]))
 
     def _tied(self) -> tuple[str | None, str]:
         """The outputs' word for tied heads, and the model whose config it means."""
@@ -82,7 +102,16 @@ class Planner:
         if isinstance(setting, tuple):
             self.check_rules([rule.match for rule in setting], at, where)
             for rule in setting:
-                self.check_setting(rule.value, at, where)
+                if isinstance(rule.value, Gradient):
+                    here = {name: place for name, place in at.items() if matches(rule.match or ("*",), place)}
+                    self.check_setting(rule.value, here or at, where)
+        elif isinstance(setting, Gradient) and setting.over is None:
+            # Without `outside` each tensor is a problem of its own.
+            if setting.outside is not None and all(place.layers is None for place in at.values()):
+                self.findings.warnings[
+                    f"{where}: the gradient never applies, since none of its tensors is in a numbered layer: "
+                    f"all take `outside: {setting.outside}`"
+                ] = None
         elif isinstance(setting, Gradient) and setting.over is not None:
             first, last = map(int, setting.over.split("-"))
             if not any(place.layer is not None and first <= place.layer <= last for place in at.values()):
@@ -139,7 +168,7 @@ class Planner:
             equal=tuple(self.equal),
             warnings=tuple(self.findings.warnings),
             notes=tuple(self.findings.notes),
-            digest=blake3("\n".join(f"{key} {value}" for key, value in parts.items()).encode()).hexdigest(),
+            digest=plan_digest(parts),
             parts=parts,
             spaces={output.key: self.table(output.node).space for output in self.recipe.outputs.values()},
         )
@@ -170,7 +199,7 @@ class Planner:
             for name, offset in file.offsets.items()
         }
         self.shards += [Shard(output.key, file.name, file.header, file.size) for file in files]
-        self.rows += [
+        rows = [
             Row(
                 output=output.key,
                 node=output.node,
@@ -185,6 +214,9 @@ class Planner:
             )
             for tensor, expression in zip(tensors, expressions, strict=True)
         ]
+        self.rows += rows
+        self._check_quantised(output, rows, like)
+        self._check_tokenizer(output, table, like)
         if index is not None:
             self.side_files.append(SideFile(output.key, index[0], index[1]))
 
@@ -195,17 +227,55 @@ class Planner:
         rounded = expression.op.result_dtype() if isinstance(expression, Apply) else None
         return BY_NAME[rounded] if rounded else None
 
+    def _check_quantised(self, output: Output, rows: Sequence[Row], like: ModelTable) -> None:
+        """Quantised tensors go out only with the config that explains them: all of `like`, as stored."""
+        names = {name for name, table in self.tables.items() if isinstance(table, ModelTable) and table.quantised}
+        if not names or "quantization_config" in output.config or self.findings.all():
+            return
+        if keeps_quantisation(rows, like.name, like.checkpoint):
+            return
+        found = [(load, row.name) for row in rows for load in loads(row.expression) if load.model in names]
+        found = [(load, name) for load, name in found if packed(load.tensor)]
+        if found:
+            owner = self.tables[found[0][0].model]
+            self.findings.add(
+                RecipeError(
+                    f"'{owner.leaf}' is quantised ({owner.quantised}), and the output would hold some of its tensors without "
+                    f"all that explains them: {some([name for _, name in found])}",
+                    where=self.recipe.where(output.path),
+                    fix=f"Give out '{owner.leaf}' whole, in its own dtypes and with `like: {owner.leaf}`, "
+                    "or use the checkpoint it was quantised from.",
+                )
+            )
+
+    def _check_tokenizer(self, output: Output, table: Table, like: ModelTable) -> None:
+        """A warning where rows of the vocabulary mean other words than the tokenizer that goes with the output."""
+        tokenizer = output.tokenizer or like.name
+        where = self.recipe.where((*output.path, "tokenizer"))
+        for name, place in table.places.items():
+            for model in self.expressions.speakers(table.expression(name)) if place.vocab else ():
+                clash = self.vocabularies.clash(tokenizer, model)
+                if clash:
+                    self.findings.warnings[f"{where}: {clash}. The output has rows of '{model}'"] = None
+
     def _check_like(self, output: Output, table: Table, like: ModelTable) -> None:
         """The model whose config the output takes must have the same tensors, but for those kept by `extra: keep`."""
         lacks = [name for name in table.tensors if name not in like.tensors and name not in table.added]
         has = [name for name in like.tensors if name not in table.tensors]
         unlike = [n for n, t in table.tensors.items() if n in like.tensors and like.tensors[n].shape != t.shape]
+        # A row takes the dtype that `like` has, and only a float may be rounded to another.
+        kinds = [
+            n for n, t in table.tensors.items() if n in like.tensors and like.tensors[n].dtype.kind != t.dtype.kind
+        ]
         if lacks:
             difference = f"lacks {some(lacks)}"
         elif has:
             difference = f"has {some(has)} beyond it"
         elif unlike:
             difference = f"has {some(unlike)} in another shape"
+        elif kinds:
+            mine, theirs = table.tensors[kinds[0]].dtype.name, like.tensors[kinds[0]].dtype.name
+            difference = f"has {some(kinds)} as {theirs}, not {mine}"
         else:
             return
         self.findings.add(
@@ -223,7 +293,7 @@ class Planner:
             for name, checkpoint in self.models.items()
         ]
         stamps = [
-            (name, [_stamp(checkpoint, file) for file in checkpoint.files]) for name, checkpoint in self.models.items()
+            (name, [checkpoint.stamp(file) for file in checkpoint.files]) for name, checkpoint in self.models.items()
         ]
         layout = [
             [(s.output, s.file, blake3(s.header).hexdigest(), s.size) for s in self.shards],
@@ -239,12 +309,9 @@ class Planner:
         }
 
 
-def _stamp(checkpoint: Checkpoint, file: str) -> str:
-    """What changes when a file's bytes do, without reading them: size and time of change, or the hub's own digest."""
-    if checkpoint.folder.revision is not None:
-        return checkpoint.folder.sha256(file) or checkpoint.folder.revision
-    status = checkpoint.folder.local([file])[file].stat()
-    return f"{status.st_size} {status.st_mtime_ns}"
+def plan_digest(parts: Mapping[str, str]) -> str:
+    """Hex BLAKE3 over the named digests of a plan."""
+    return blake3("\n".join(f"{key} {value}" for key, value in parts.items()).encode()).hexdigest()
 
 
 def _digest(data: Any) -> str:

@@ -75,6 +75,9 @@ class Recipe:
         self.models, self.nodes, self.outputs = parts.models, parts.nodes, parts.outputs
         self.resolved = parts.resolved
 
+    def __repr__(self) -> str:
+        return f"Recipe(name={self.name!r}, models={list(self.models)}, nodes={list(self.nodes)}, outputs={list(self.outputs)})"
+
     def where(self, path: tuple[str | int, ...], *, key: bool = False) -> str:
         """The place of a part of the recipe, as `file:line:column`, or as its keys where it has no file."""
         return place_in(self._document, path, key)

@@ -15,6 +15,8 @@ from mergeflow.errors import MachineError
 
 REFUSED = (errno.EINVAL, errno.EOPNOTSUPP, errno.ENOSYS)
 FULL = (errno.ENOSPC, errno.EDQUOT)
+TOO_MANY = (errno.EMFILE, errno.ENFILE)
+FEWER_FILES = "Let a process open more files (`ulimit -n`), or write fewer shards (`shard_size:` under `output:`)."
 RENAME_NOREPLACE, RENAME_EXCHANGE = 1, 2
 
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -142,5 +144,7 @@ def named(path: Path, what: str) -> Iterator[None]:
         yield
     except OSError as error:
         where = str(error.filename or path)
-        space = "Free some space and run the same command again." if error.errno in FULL else ""
-        raise MachineError(f"{what} ({error.strerror or error})", where=where, fix=space) from None
+        fix = "Free some space and run the same command again." if error.errno in FULL else ""
+        if error.errno in TOO_MANY:
+            fix = FEWER_FILES
+        raise MachineError(f"{what} ({error.strerror or error})", where=where, fix=fix) from None

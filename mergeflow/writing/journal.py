@@ -17,6 +17,7 @@ from blake3 import blake3
 from mergeflow.errors import RecipeError
 
 JOURNAL = "journal.jsonl"
+FRESH_JOURNAL = f"{JOURNAL}.new"
 
 _ENCODE = json.JSONEncoder(separators=(",", ":"), sort_keys=True).encode
 

@@ -18,13 +18,15 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
 from mergeflow.digests import tensor_digest
-from mergeflow.errors import ClaimedError, InputError, MachineError, MergeflowError, RecipeError
+from mergeflow.errors import ClaimedError, InputError, Interrupted, MachineError, MergeflowError, RecipeError
 from mergeflow.writing.claim import Claim
 from mergeflow.writing.disk import (
+    FEWER_FILES,
     FULL,
     REFUSED,
     RENAME_EXCHANGE,
     RENAME_NOREPLACE,
+    TOO_MANY,
     at,
     created,
     free_bytes,
@@ -36,9 +38,19 @@ from mergeflow.writing.disk import (
     sync_path,
     write_all,
 )
-from mergeflow.writing.journal import JOURNAL, Finished, journal_line, read_journal
+from mergeflow.writing.journal import FRESH_JOURNAL, JOURNAL, Finished, journal_line, read_journal
 from mergeflow.writing.shards import BLOCK, ShardFile, piece_digests
-from mergeflow.writing.target import aside_of, clear, container_of, make_parents, refuse, set_right
+from mergeflow.writing.target import (
+    MADE,
+    aside_of,
+    clear,
+    container_of,
+    delete_replaced,
+    make_parents,
+    refuse,
+    refuse_strange,
+    set_right,
+)
 
 if TYPE_CHECKING:
     from mergeflow.graph import Row, Shard
@@ -69,7 +81,7 @@ class Staging:
         extent: int,
     ) -> None:
         self.target = target
-        self.path = container_of(target) / "out"
+        self.path = container_of(target) / MADE
         self.finished: Mapping[int, Finished] = {}
         self._container = container_of(target)
         self._claim = claim
@@ -83,6 +95,7 @@ class Staging:
         self._journal = -1
         self._stopped = False
         self._published = False
+        self._moved = False  # what was at the target stands aside
 
         first, self._where = 0, []
         for file in self._files:
@@ -126,31 +139,36 @@ class Staging:
         pool_bytes: int = POOL,
         extent_bytes: int = EXTENT,
         writers: int = 2,
+        stop: threading.Event | None = None,
     ) -> Self:
         """Claim the target, reserve its space, and take up what a run of the same plan left.
 
         `digest` names the plan; `parts` are digests of what went into it, kept to say what changed. `pool_bytes` bounds
-        the memory of extents, of which there are at least eight.
+        the memory of extents, of which there are at least eight. `stop` ends the hashing of what is there.
 
         Raises RecipeError for a target that exists (unless `force`, which replaces an output of mergeflow or an empty
-        folder, and nothing else) and for a staging folder of another plan (unless `fresh`); ClaimedError for one that
-        another run holds; MachineError where the disk is too small, read-only or failing.
+        folder, and nothing else), for a staging folder of another plan (unless `fresh`) and for one that is not ours;
+        ClaimedError for one that another run holds; MachineError where the disk is too small, read-only or failing;
+        Interrupted when stopped, with the staging folder kept.
         """
         target = Path(os.path.abspath(target))
         refuse(target, force)
-        make_parents(target)
-        claim = Claim.take(container_of(target), target)
         container = container_of(target)
+        refuse_strange(container)
+        make_parents(target)
+        claim = Claim.take(container, target)
         try:
+            staging = cls(target, claim, shards, rows, force, pool_bytes, extent_bytes)
+            # From here on, since hashing again what is there can take longer than a claim lives without a sign of life.
+            claim.beat(staging._fail)
             with named(container, "cannot be written"):
                 set_right(container, target)
                 refuse(target, force)
                 if fresh:
                     clear(container)
                 found = read_journal(container / JOURNAL, digest, parts)
-                staging = cls(target, claim, shards, rows, force, pool_bytes, extent_bytes)
                 staging._check_layout()
-                staging._lay_out(found)
+                staging._lay_out(found, stop or threading.Event())
                 staging._begin_journal(digest, parts)
             staging._start(writers)
         except BaseException:
@@ -287,8 +305,9 @@ class Staging:
         # The output is there and durable. What cannot be deleted now is deleted by the next run.
         with contextlib.suppress(OSError):
             os.unlink(self._container / JOURNAL)
-        with contextlib.suppress(OSError):
-            remove(aside_of(self.target))
+        if self._moved:
+            with contextlib.suppress(OSError):
+                delete_replaced(self._container, aside_of(self.target))
         with contextlib.suppress(OSError):
             clear(self._container)
         self._claim.release()
@@ -320,7 +339,7 @@ class Staging:
         if len({file.path for file in self._files}) != len(self._files):
             raise MergeflowError("two shards have the same file", where=str(self.target))
 
-    def _lay_out(self, found: Mapping[int, Finished]) -> None:
+    def _lay_out(self, found: Mapping[int, Finished], stop: threading.Event) -> None:
         """Make the folder and its files at their full size; keep what `found` names and the disk still holds."""
         if not found:
             remove(self.path)
@@ -335,7 +354,7 @@ class Staging:
             folders |= {folder for folder in file.part.parents if folder.is_relative_to(self.path)}
         for folder in sorted(folders):
             folder.mkdir(exist_ok=True)
-        self.finished = self._rehash({row: what for row, what in found.items() if row < len(self._rows)})
+        self.finished = self._rehash({row: what for row, what in found.items() if row < len(self._rows)}, stop)
         self._done = dict(self.finished)
         self._reserve()
         for folder in sorted(folders, reverse=True):
@@ -344,33 +363,33 @@ class Staging:
         sync_path(self._container.parent)
         self._count()
 
-    def _rehash(self, found: Mapping[int, Finished]) -> dict[int, Finished]:
+    def _rehash(self, found: Mapping[int, Finished], stop: threading.Event) -> dict[int, Finished]:
         """Those of `found` whose bytes in the files have the digest that the journal gives them."""
-        readers: dict[int, int] = {}
-        try:
-            for index in {self._rows[row].shard for row in found}:
-                with contextlib.suppress(OSError):
-                    readers[index] = os.open(self._files[index].part, os.O_RDONLY | os.O_CLOEXEC)
 
-            def equal(row: int) -> bool:
-                reader = readers.get(self._rows[row].shard)
-                if reader is None:
-                    return False
-                try:
-                    pieces = list(piece_digests(reader, self._starts[row], self._sizes[row]))
-                except OSError:  # a block that cannot be read is a row to be made again
-                    return False
-                return tensor_digest(pieces, self._rows[row].dtype.name, self._rows[row].shape) == found[row].digest
-
-            pool = ThreadPoolExecutor(min(4, os.cpu_count() or 1), "mergeflow-rehash")
+        def equal(index: int) -> bool:
+            row, pieces = self._rows[index], []
             try:
-                order = sorted(found, key=lambda row: (self._rows[row].shard, self._starts[row]))
-                return {row: found[row] for row, same in zip(order, pool.map(equal, order), strict=True) if same}
-            finally:
-                pool.shutdown(cancel_futures=True)
+                # A file is opened for each of its rows: of many shards no more are open than threads read.
+                reader = os.open(self._files[row.shard].part, os.O_RDONLY | os.O_CLOEXEC)
+                try:
+                    for piece in piece_digests(reader, row.offset, row.nbytes):
+                        pieces.append(piece)
+                        if stop.is_set():
+                            raise Interrupted("stopped")
+                        if self._failure is not None:  # the claim is lost
+                            raise self._failure
+                finally:
+                    os.close(reader)
+            except OSError:  # a block that cannot be read is a row to be made again
+                return False
+            return tensor_digest(pieces, row.dtype.name, row.shape) == found[index].digest
+
+        pool = ThreadPoolExecutor(min(4, os.cpu_count() or 1), "mergeflow-rehash")
+        try:
+            order = sorted(found, key=lambda row: (self._rows[row].shard, self._starts[row]))
+            return {row: found[row] for row, same in zip(order, pool.map(equal, order), strict=True) if same}
         finally:
-            for reader in readers.values():
-                os.close(reader)
+            pool.shutdown(cancel_futures=True)
 
     def _reserve(self) -> None:
         """Give every shard its blocks on disk now, so that a full disk is found before the work and not after."""
@@ -424,7 +443,7 @@ class Staging:
         """Write the journal anew, of what was found whole, so that a torn line of the last run ends nothing of this."""
         lines = [journal_line({"digest": digest, "parts": dict(parts)})]
         lines += [self._row_line(row) for row in self.finished]
-        fresh = self._container / f"{JOURNAL}.new"
+        fresh = self._container / FRESH_JOURNAL
         with created(fresh) as out:
             write_all(out, b"".join(lines))
             os.fsync(out)
@@ -443,7 +462,6 @@ class Staging:
             thread = threading.Thread(target=self._guarded, args=(body,), name=f"mergeflow-{name}", daemon=True)
             self._threads.append(thread)
             thread.start()
-        self._claim.beat(self._fail)
         with self._lock:
             for index, left in enumerate(self._left):
                 if not left and not self._stored[index]:
@@ -522,6 +540,8 @@ class Staging:
     def _problem(self, error: OSError, path: Path, missing: int) -> MachineError:
         """The one line for a failed write; for a full disk with the bytes that are missing."""
         reason = error.strerror or str(error)
+        if error.errno in TOO_MANY:
+            return MachineError(f"cannot be written ({reason})", where=str(path), fix=FEWER_FILES)
         if error.errno not in FULL:
             return MachineError(f"cannot be written ({reason})", where=str(path))
         lack = f"; {missing:,} bytes are missing" if missing > 0 else ""
@@ -662,11 +682,26 @@ class Staging:
         self._sides[file] = path
         return path
 
+    def _put_aside(self) -> None:
+        """Move what is at the target out of the way, over nothing or an empty folder."""
+        aside = aside_of(self.target)
+        try:
+            os.rename(self.target, aside)
+        except OSError as error:
+            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
+                raise
+            raise RecipeError(
+                "is in the way of replacing the output, and mergeflow did not make it",
+                where=str(aside),
+                fix="Move it away and run the same command again.",
+            ) from None
+        self._moved = True
+
     def _commit(self) -> None:
         """The one rename, made durable; what fails is undone."""
         if self._claim.lost():
             raise ClaimedError("another run took this output over", where=str(self.target))
-        exchanged = moved = False
+        exchanged = False
         if self._force and os.path.lexists(self.target):
             refuse(self.target, True)
             try:
@@ -675,8 +710,7 @@ class Staging:
             except OSError as error:
                 if error.errno not in REFUSED:
                     raise
-                os.rename(self.target, aside_of(self.target))
-                moved = True
+                self._put_aside()
         try:
             if not exchanged:
                 try:
@@ -702,8 +736,9 @@ class Staging:
                 elif not os.path.lexists(self.path):
                     os.rename(self.target, self.path)
             with contextlib.suppress(OSError):
-                if moved and not os.path.lexists(self.target):
+                if self._moved and not os.path.lexists(self.target):
                     os.rename(aside_of(self.target), self.target)
+                    self._moved = False
             raise
 
 

@@ -5,15 +5,19 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
+import stat
 from pathlib import Path
 
 from mergeflow.errors import ClaimedError, MachineError, RecipeError
 from mergeflow.writing.claim import Claim
 from mergeflow.writing.disk import named, remove, sync_path
-from mergeflow.writing.journal import JOURNAL, journal_records
+from mergeflow.writing.journal import FRESH_JOURNAL, JOURNAL, journal_records
 
 MANIFEST = "mergeflow.json"
 """The file that makes a folder an output of mergeflow; its key `plan` holds the plan's digest."""
+MADE = "out"
+"""What becomes the target, below its staging folder."""
 
 
 def finished_digest(target: Path) -> str | None:
@@ -43,11 +47,12 @@ def repair(target: Path) -> None:
     """Set right what a run left that was killed at its very end; to be called before looking at `target`.
 
     Puts an output back that was moved aside and not yet replaced, and deletes a replaced output and a staging folder
-    whose plan `target` is already. Does nothing while another run holds the claim.
+    whose plan `target` is already. Does nothing while another run holds the claim, and leaves folders of these names
+    alone that no run can have made.
     """
     target = Path(os.path.abspath(target))
-    container, aside = container_of(target), aside_of(target)
-    if not os.path.lexists(container) and not os.path.lexists(aside):
+    container = container_of(target)
+    if _strange(container) or not (os.path.lexists(container) or _was_replaced(aside_of(target))):
         return
     with contextlib.suppress(ClaimedError):
         claim = Claim.take(container, target)
@@ -67,6 +72,34 @@ def container_of(target: Path) -> Path:
 def aside_of(target: Path) -> Path:
     """Where a replaced output stands for a moment, on a file system that cannot exchange two folders."""
     return target.with_name(f".{target.name}.old")
+
+
+def _was_replaced(aside: Path) -> bool:
+    """Whether this can be a replaced output: only an empty folder or a finished output is ever replaced."""
+    try:
+        return stat.S_ISDIR(os.lstat(aside).st_mode) and (finished_digest(aside) is not None or not os.listdir(aside))
+    except OSError:
+        return False
+
+
+def _strange(container: Path) -> str:
+    """A name in a staging folder that no run can have left there; empty where there is none."""
+    try:
+        names = sorted(os.listdir(container))
+    except OSError:  # not there, or what taking the claim says more about
+        return ""
+    ours = (JOURNAL, FRESH_JOURNAL, MADE)
+    return next((name for name in names if name not in ours and not re.fullmatch(r"claim\.\d{1,9}", name)), "")
+
+
+def refuse_strange(container: Path) -> None:
+    """Raise for a folder that has a staging folder's name and holds what no run puts there; nothing is touched."""
+    if name := _strange(container):
+        raise RecipeError(
+            f"is in the way, since it holds '{name}', which mergeflow did not make",
+            where=str(container),
+            fix="Move it away, or give another folder with -o.",
+        )
 
 
 def refuse(target: Path, force: bool) -> None:
@@ -111,9 +144,9 @@ def make_parents(target: Path) -> None:
 def set_right(container: Path, target: Path) -> None:
     """Undo or complete what a run left that was killed between the rename and its end; needs the claim."""
     aside = aside_of(target)
-    if os.path.lexists(aside):
+    if _was_replaced(aside):
         if os.path.lexists(target):
-            remove(aside)
+            delete_replaced(container, aside)
         else:
             os.rename(aside, target)
             sync_path(target.parent)
@@ -125,9 +158,16 @@ def set_right(container: Path, target: Path) -> None:
                 os.unlink(container / JOURNAL)
 
 
+def delete_replaced(container: Path, aside: Path) -> None:
+    """Delete a replaced output, in the staging folder: there a half deleted one is still known as ours."""
+    made = container / MADE
+    if not os.path.lexists(made):
+        os.rename(aside, made)
+        aside = made
+    remove(aside)
+
+
 def clear(container: Path) -> None:
-    """Empty a staging folder but for claims; the journal first, since without it the rest means nothing."""
-    (container / JOURNAL).unlink(missing_ok=True)
-    for name in os.listdir(container):
-        if not name.startswith("claim."):
-            remove(container / name)
+    """Remove what a run makes in a staging folder, but for claims; the journal first: without it the rest means nothing."""
+    for name in (JOURNAL, FRESH_JOURNAL, MADE):
+        remove(container / name)
