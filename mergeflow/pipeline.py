@@ -38,7 +38,7 @@ from mergeflow.errors import (
 from mergeflow.graph import Apply, Plan, SideFile
 from mergeflow.hub import is_local, locate
 from mergeflow.ops.unchanged import Unchanged
-from mergeflow.planning import like_and_tokenizer, loads, make_plan, needed_models, plan_digest
+from mergeflow.planning import keeps_quantisation, like_and_tokenizer, loads, make_plan, needed_models, plan_digest
 from mergeflow.publishing import CARD, RECIPE, side_files
 from mergeflow.recipe import Recipe
 from mergeflow.writing import MANIFEST, Finished, Staging, finished_digest, free_bytes, refuse, repair
@@ -135,6 +135,7 @@ def plan(recipe: Recipe, *, out: str | Path | None = None) -> Plan:
                 ops=_ops(rows),
                 tied=False if output.tied == "untie" else None,
                 space=made.spaces[output.key],
+                quantised=keeps_quantisation(rows, like, made.models[like]),
             )
         except MergeflowError as error:
             raise error.placed(recipe.where(output.path)) from None

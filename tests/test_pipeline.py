@@ -875,3 +875,16 @@ def test_the_manifest_has_a_digest_of_each_file_that_travels_with_the_weights(tm
     for name, fact in told.items():
         content = (tmp_path / "out" / name).read_bytes()
         assert fact == {"size": len(content), "digest": blake3(content).hexdigest()}
+
+
+def test_a_quantised_model_passed_through_keeps_the_config_of_its_numbers(tmp_path: Path) -> None:
+    (tmp_path / "q").mkdir()
+    weights = {"w": torch.ones(3).to(torch.float8_e4m3fn), "w_scale_inv": torch.ones(1)}
+    save_file(weights, tmp_path / "q" / "model.safetensors")
+    config = {"model_type": "x", "quantization_config": {"quant_method": "fp8"}}
+    (tmp_path / "q" / "config.json").write_text(json.dumps(config))
+    nodes = {"m": {"op": "passthrough", "model": "q"}}
+    run(Recipe(models={"q": "./q"}, nodes=nodes, folder=tmp_path), tmp_path / "out")
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"] == {"quant_method": "fp8"}
+    merged = load_file(tmp_path / "out" / "model.safetensors")
+    assert merged["w"].dtype == torch.float8_e4m3fn
