@@ -248,6 +248,7 @@ def run(
             force=force,
             fresh=fresh,
             pool_bytes=budget.pool,
+            stop=stop,
         )
         clock.lap("stage")
         with staging:
