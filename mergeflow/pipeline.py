@@ -292,16 +292,11 @@ def run(
 
 def _check_target(made: Plan, target: Path, force: bool) -> None:
     """Raise RecipeError for a target that must not be written: one that stands in the way, or holds an input."""
-    for name, checkpoint in made.models.items():
-        if checkpoint.folder.revision is not None:
-            continue
-        for path in checkpoint.folder.local(list(checkpoint.files)).values():
-            if Path(os.path.realpath(path)).is_relative_to(os.path.realpath(target)):
-                raise RecipeError(
-                    f"holds the model '{name}', which this run reads",
-                    where=str(target),
-                    fix="Give another folder with -o.",
-                )
+    for name, path in _local_weights(made):
+        if Path(os.path.realpath(path)).is_relative_to(os.path.realpath(target)):
+            raise RecipeError(
+                f"holds the model '{name}', which this run reads", where=str(target), fix="Give another folder with -o."
+            )
     try:
         refuse(target, force)
     except RecipeError as error:
@@ -500,12 +495,15 @@ def _fetch(made: Plan, stop: threading.Event, progress: Progress) -> dict[tuple[
 
 def _stamps(made: Plan) -> dict[Path, tuple[int, int]]:
     """Size and time of change of the weights on this machine as they were planned with; a hub's have a revision."""
-    return {
-        path: _stamp(path)
-        for checkpoint in made.models.values()
-        if checkpoint.folder.revision is None
-        for path in checkpoint.folder.local(list(checkpoint.files)).values()
-    }
+    return {path: _stamp(path) for _, path in _local_weights(made)}
+
+
+def _local_weights(made: Plan) -> Iterator[tuple[str, Path]]:
+    """The files of weights that are this machine's own and not a hub's, each with its model's name."""
+    for name, checkpoint in made.models.items():
+        if checkpoint.folder.revision is None:
+            for path in checkpoint.folder.local(list(checkpoint.files)).values():
+                yield name, path
 
 
 def _stamp(path: Path) -> tuple[int, int]:

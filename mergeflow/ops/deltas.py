@@ -5,7 +5,7 @@ A small sample brackets the threshold; one pass counts the elements above the br
 which the threshold then is. Where the sample misled, or the bracket holds masses, a radix selection decides: a histogram
 of the leading 15 or 16 bits, then of the next digit within the bucket that holds the threshold, until its bits are known.
 (The radix alone reads the deltas twice, and a third time where they tie: with the bracket first, TIES of bfloat16 models
-took two thirds of the time.) Elements equal to the threshold are kept from the lowest index on, for which they are
+took a fifth less processor time.) Elements equal to the threshold are kept from the lowest index on, for which they are
 counted leaf by leaf: deltas of bfloat16 models tie in masses. NaN has larger bits than any number: it is kept, and seen.
 
 All of it is made of elementwise operations, counts, and sums in a fixed order, so it gives the same bytes on every

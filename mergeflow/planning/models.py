@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -34,7 +35,7 @@ QUANTISED = (
 )
 
 
-class Table:
+class Table(ABC):
     """What a model or node gives: its tensors by name, as stored where the names come from, and an expression for each."""
 
     space: Space
@@ -47,9 +48,9 @@ class Table:
     quantised: str = ""
     """Why the numbers mean nothing by themselves, or an empty string."""
 
+    @abstractmethod
     def expression(self, name: str) -> Expression:
         """What makes a tensor; the same object each time."""
-        raise NotImplementedError
 
 
 class ModelTable(Table):
