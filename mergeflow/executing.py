@@ -847,16 +847,18 @@ class _Engine:
         if reduction is None:
             raise AssertionError("a measuring run has a reduction")
         compute = _compute_dtype(program)
+        known, shape = run.known(run.measures[0]), _shape(program.steps[-1].expression)
         if reduction.sample and _divisible(program):
             values = self._values(run, program, start, stop, sample=True)
-            merged = [reduction.block([values[result] for result in program.results])]
+            merged = [reduction.block([values[result] for result in program.results], Block(start, known, shape))]
         else:
             merged = []
             self._prepare(program, start, stop)
             for first, end in self._blocks(program, start, stop, compute):
                 values = self._values(run, program, first, end)
                 given = [values[result] for result in program.results]
-                part = reduction.block([spread(one) for one in given] if reduction.sample else given)
+                at = Block(first, known, shape)
+                part = reduction.block([spread(one) for one in given] if reduction.sample else given, at)
                 merged = [reduction.merge([*merged, part])] if merged else [part]
                 report.bytes_in += _stored_bytes(program, end - first)
                 self.progress(_stored_bytes(program, end - first), 0)
@@ -912,7 +914,7 @@ class _Engine:
                 if expression.op.cut == "tensor":
                     shape = _shape(expression)
                     inputs = [one.reshape(shape) for one in inputs]
-                made = expression.op.compute(inputs, Block(start, run.known(expression.measure)))
+                made = expression.op.compute(inputs, Block(start, run.known(expression.measure), _shape(expression)))
                 values[position] = made.reshape(-1) if expression.op.cut == "tensor" else made
             for one in step.drops:
                 del values[one]

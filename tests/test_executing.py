@@ -615,7 +615,7 @@ class Centred(Op):
 
 @dataclass(frozen=True)
 class _Sum(Reduction):
-    def block(self, inputs: Sequence[Tensor]) -> Tensor:
+    def block(self, inputs: Sequence[Tensor], block: Block) -> Tensor:
         return torch.stack([leaf.double().sum() for leaf in inputs[0].split(LEAF)])
 
     def merge(self, parts: Sequence[Tensor]) -> Tensor:
@@ -626,7 +626,7 @@ class _Sum(Reduction):
 
 
 class _Count(_Sum):
-    def block(self, inputs: Sequence[Tensor]) -> Tensor:
+    def block(self, inputs: Sequence[Tensor], block: Block) -> Tensor:
         return torch.tensor([inputs[0].numel()])
 
     def finish(self, total: Tensor) -> Any:

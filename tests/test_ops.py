@@ -66,8 +66,8 @@ def in_blocks(op: Op, tensors: Sequence[torch.Tensor], leaves: int) -> torch.Ten
     known: tuple[Any, ...] = ()
     while (reduction := ready.reduction(known)) is not None:
         total = None
-        for block in blocks:
-            part = reduction.block(block)
+        for start, block in zip(starts, blocks, strict=True):
+            part = reduction.block(block, Block(start, known))
             total = part if total is None else reduction.merge([total, part])
         known = (*known, reduction.finish(total))
     return torch.cat([ready.compute(block, Block(start, known)) for start, block in zip(starts, blocks, strict=True)])
@@ -455,7 +455,7 @@ def test_inputs_are_never_written_to_nor_given_back(op: Op, count: int, dtype: t
     got.fill_(7)
     assert all(same_bits(a, b) for a, b in zip(tensors, before, strict=True))
     ready = resolved(op, count)
-    ready.compute(tensors, Block(0, measure(ready, [tensors])))
+    ready.compute(tensors, Block(0, measure(ready, tensors)))
     assert all(same_bits(a, b) for a, b in zip(tensors, before, strict=True))
 
 

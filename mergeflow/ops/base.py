@@ -9,8 +9,14 @@ and the executor knows nothing of places. The mathematics gets flat blocks in th
 any input is float64), may write into tensors that it made itself, and never into its inputs.
 
 An op that needs a global number first answers `reduction` with a `Reduction` over blocks; rounds may build on each
-other (a radix selection needs two). Sums are kept for each leaf of `LEAF` elements until the end, so that the cut into
-blocks cannot change a bit of the result.
+other (a radix selection needs two).
+
+How an op, and each of its reductions, can be cut up decides what a block is:
+`element`: a flat stretch of any whole number of leaves; the budget chooses how long it is, so sums are kept for each leaf of
+`LEAF` elements until the end, and the cut cannot change a bit.
+`row`: (rows, length of the last axis), a number of rows that follows from the shape alone, so that a sum over a block is the
+same always, and neighbouring blocks merge in one fixed order.
+`tensor`: the whole tensor in its own shape.
 """
 
 from __future__ import annotations
@@ -35,12 +41,23 @@ LEAF = 65_536
 """Elements in a leaf: reductions are summed leaf by leaf, in order, and a block is a whole number of leaves."""
 
 
+Cut = Literal["element", "row", "tensor"]
+
+
 @dataclass(frozen=True, slots=True)
 class Block:
-    """The part of a tensor that is computed at once: the flat index of its first element, and what was measured."""
+    """The part of a tensor that is computed or measured at once.
+
+    `start` is the flat index of its first element, `measured` what the rounds before found, `shape` that of the whole
+    tensor. `keys` are the 64-bit keys of a random op's draws at this tensor, one for each input. `before` counts the
+    leaves of the tensors that stand before this one in a measure over several.
+    """
 
     start: int = 0
     measured: tuple[Any, ...] = ()
+    shape: tuple[int, ...] = ()
+    keys: tuple[int, ...] = ()
+    before: int = 0
 
 
 class Reduction(ABC):
@@ -48,14 +65,19 @@ class Reduction(ABC):
 
     sample: ClassVar[bool] = False
     """Whether the round is given `spread` values instead of all: it guides later rounds, and changes no result."""
+    cut: ClassVar[Cut] = "element"
+    """What its blocks are."""
 
     @abstractmethod
-    def block(self, inputs: Sequence[Tensor]) -> Any:
-        """The partial result of a block; `inputs` are flat, of equal length, whole leaves but for the last."""
+    def block(self, inputs: Sequence[Tensor], block: Block) -> Any:
+        """The partial result of a block; `inputs` are cut as `cut` says, and may not be written into."""
 
     @abstractmethod
     def merge(self, parts: Sequence[Any]) -> Any:
-        """Partial results of neighbouring blocks as one; associative to the last bit. May write into the first."""
+        """Partial results of neighbouring blocks as one, in order; of flat blocks associative to the last bit.
+
+        May write into the first.
+        """
 
     @abstractmethod
     def finish(self, total: Any) -> Any:
@@ -93,8 +115,16 @@ class Op(BaseModel, ABC):
     """The greatest number of inputs; None is any."""
     needs_base: ClassVar[bool] = False
     """Whether a recipe must name a `base`."""
-    cut: ClassVar[Literal["element", "tensor"]] = "element"
-    """Whether any block can be computed alone, or only the whole tensor (given in its own shape)."""
+    may_base: ClassVar[bool] = False
+    """Whether a recipe may name a `base`: the op then works on the deltas, and what it gives is added to the base."""
+    cut: ClassVar[Cut] = "element"
+    """What can be computed alone: any stretch of elements, any rows, or only the whole tensor."""
+    draws: ClassVar[bool] = False
+    """Whether the op draws random numbers (`Block.keys`)."""
+    matrices_only: ClassVar[bool] = False
+    """Whether the op acts on tensors of two axes alone; a node's `others` says where the rest comes from."""
+    temporaries: ClassVar[int] = 8
+    """Blocks that the op may hold beyond its inputs, for the estimate of memory."""
     portable: ClassVar[bool] = True
     """Same bytes on any x86-64 with AVX2 or better; otherwise on the same processor only."""
     shows_non_finite: ClassVar[bool] = True
@@ -132,15 +162,20 @@ class Op(BaseModel, ABC):
         return 0
 
     @property
+    def over_model(self) -> bool:
+        """Whether the measure goes over all floating tensors of the node, and not each alone."""
+        return False
+
+    @property
     def measures(self) -> bool:
         """Whether the op needs a measure before its blocks can be computed."""
         return self.reduction(()) is not None
 
     @abstractmethod
     def compute(self, inputs: Sequence[Tensor], block: Block) -> Tensor:
-        """The mathematics: inputs of equal length (the base first, if there is one), the same length out.
+        """The mathematics: inputs of one shape, cut as `cut` says (the base first, if the op needs one), the same shape out.
 
-        The result may be one of the inputs itself, where nothing is computed.
+        The result may be one of the inputs itself, where nothing is computed; inputs may not be written into.
         """
 
     @classmethod
@@ -184,14 +219,14 @@ class Op(BaseModel, ABC):
         found.check()
         return found
 
-    def __call__(self, *tensors: Tensor | Sequence[Tensor]) -> Tensor:
+    def __call__(self, *tensors: Tensor | Sequence[Tensor], seed: int = 0) -> Tensor:
         """The op on plain tensors, computed as a run would: `Linear()([a, b])`, `Ties(density=0.2)(base, [a, b])`.
 
         Inputs have one shape and any float dtype and device; computed in float32 (float64 if any is float64), given
         back in the dtype of the first. Settings must have one value (no gradient or rules), since a plain tensor has
-        no place in a model.
+        no place in a model. `seed` is for ops that draw: each input draws its own numbers, by its position.
         """
-        return _on_tensors(self, *tensors)
+        return _on_tensors(self, *tensors, seed=seed)
 
 
 _SETTINGS: dict[type[Op], dict[str, SettingOf]] = {}
@@ -266,22 +301,36 @@ def weighted_sum(tensors: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
     return total
 
 
-def measure(op: Op, blocks: Sequence[Sequence[Tensor]]) -> tuple[Any, ...]:
+def cut_as(tensor: Tensor, cut: Cut, shape: Sequence[int]) -> Tensor:
+    """A tensor, or flat whole rows of one of this shape, in the form in which `cut` gives it."""
+    if cut == "tensor":
+        return tensor.reshape(shape)
+    return tensor.reshape(-1, shape[-1] if shape else 1) if cut == "row" else tensor.reshape(-1)
+
+
+def measure(op: Op, tensors: Sequence[Tensor], keys: tuple[int, ...] = ()) -> tuple[Any, ...]:
     """All rounds of an op's measure over tensors that are at hand; the executor does the same without holding them."""
     known: tuple[Any, ...] = ()
+    shape = tuple(tensors[0].shape)
     while (reduction := op.reduction(known)) is not None:
-        given = [[spread(one) for one in inputs] for inputs in blocks] if reduction.sample else blocks
-        known = (*known, reduction.finish(reduction.merge([reduction.block(inputs) for inputs in given])))
+        given = [cut_as(tensor, reduction.cut, shape) for tensor in tensors]
+        if reduction.sample:
+            given = [spread(one) for one in given]
+        part = reduction.block(given, Block(0, known, shape, keys))
+        known = (*known, reduction.finish(reduction.merge([part])))
     return known
 
 
-def _on_tensors(op: Op, *tensors: Tensor | Sequence[Tensor]) -> Tensor:
+def _on_tensors(op: Op, *tensors: Tensor | Sequence[Tensor], seed: int) -> Tensor:
     import torch
+
+    from mergeflow.ops.draws import draw_key
 
     given = [tensor for item in tensors for tensor in ([item] if isinstance(item, torch.Tensor) else item)]
     if op.takes == "rules":
         raise RecipeError(f"{op.name} chooses tensors by name", fix="Use it in a recipe.")
-    count = len(given) - op.needs_base
+    based = op.needs_base or (op.may_base and len(tensors) > 1 and isinstance(tensors[0], torch.Tensor))
+    count = len(given) - based
     if count < op.fewest or (op.most is not None and count > op.most):
         raise RecipeError(
             f"{op.name} got {max(count, 0)} inputs, not {op.fewest}{'' if op.most == op.fewest else ' or more'}",
@@ -295,17 +344,24 @@ def _on_tensors(op: Op, *tensors: Tensor | Sequence[Tensor]) -> Tensor:
         raise RecipeError(f"the tensors have different shapes: {', '.join(str(tuple(t.shape)) for t in given)}")
     if not all(tensor.is_floating_point() for tensor in given):
         raise RecipeError("integer and boolean tensors are never computed on")
+    shape = tuple(given[0].shape)
+    if op.matrices_only and len(shape) != 2:
+        raise RecipeError(f"{op.name} acts on tensors of two axes, and these have {len(shape)}")
     if not op.uniform:
         raise RecipeError("a gradient or a rule needs the names of a model", fix="Give each parameter one value.")
     ready = op.resolved(op.values_at(Place(""), range(count)))
     compute = torch.float64 if any(tensor.dtype == torch.float64 for tensor in given) else torch.float32
     inputs = [tensor.detach().to(compute) for tensor in given]
-    if op.cut == "element":
-        inputs = [tensor.reshape(-1) for tensor in inputs]
-    if isinstance(op, DeltaOp) and not op.deltas_only:
+    if based and (op.may_base or (isinstance(op, DeltaOp) and not op.deltas_only)):
         inputs = [inputs[0], *(tensor - inputs[0] for tensor in inputs[1:])]
-    result = ready.compute(inputs, Block(0, measure(ready, [inputs])))
-    if is_one_of(result, inputs):
+    keys = tuple(draw_key((str(seed), ""), str(index), 0, "") for index in range(count)) if op.draws else ()
+    origin = inputs.pop(0) if based and op.may_base else None
+    result = ready.compute(
+        [cut_as(one, op.cut, shape) for one in inputs], Block(0, measure(ready, inputs, keys), shape, keys)
+    ).reshape(shape)
+    if origin is not None:
+        result = result + origin
+    elif any(result.data_ptr() == other.data_ptr() for other in given):
         result = result.clone()
     rounded = ready.result_dtype()
-    return result.reshape(given[0].shape).to(torch_dtype(BY_NAME[rounded]) if rounded else given[0].dtype)
+    return result.to(torch_dtype(BY_NAME[rounded]) if rounded else given[0].dtype)

@@ -235,7 +235,7 @@ class _Brackets(Reduction):
 
     densities: tuple[float, ...]
 
-    def block(self, inputs: Sequence[Tensor]) -> Tensor:
+    def block(self, inputs: Sequence[Tensor], block: Block) -> Tensor:
         import torch
 
         return torch.stack([_magnitude(delta) for delta in inputs[1:]])
@@ -308,7 +308,7 @@ class _Inside(Reduction):
     brackets: tuple[_Bracket | None, ...]
     count_leaves: bool
 
-    def block(self, inputs: Sequence[Tensor]) -> _Collected | None:
+    def block(self, inputs: Sequence[Tensor], block: Block) -> _Collected | None:
         import numpy as np
 
         above, by_leaf, values = [], [], []
@@ -383,7 +383,7 @@ class _Leading(_Counts):
     densities: tuple[float, ...]
     rounding: Rounding
 
-    def block(self, inputs: Sequence[Tensor]) -> Tensor:
+    def block(self, inputs: Sequence[Tensor], block: Block) -> Tensor:
         import torch
 
         rows = []
@@ -414,7 +414,7 @@ class _Digit(_Counts):
 
     known: tuple[Threshold | None, ...]
 
-    def block(self, inputs: Sequence[Tensor]) -> Tensor:
+    def block(self, inputs: Sequence[Tensor], block: Block) -> Tensor:
         import torch
 
         rows = []
@@ -448,7 +448,7 @@ class _AtThreshold(Reduction):
     known: tuple[Threshold | None, ...]
     rescale: Rescale
 
-    def block(self, inputs: Sequence[Tensor]) -> Tensor:
+    def block(self, inputs: Sequence[Tensor], block: Block) -> Tensor:
         import torch
 
         columns = []

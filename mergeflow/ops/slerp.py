@@ -66,7 +66,7 @@ def _shares(t: float, cosine: float) -> tuple[float, float]:
 class _Cosine(Reduction):
     """Dot product and squared norms, (leaves, 3) in float64, summed exactly at the end."""
 
-    def block(self, inputs: Sequence[Tensor]) -> Tensor:
+    def block(self, inputs: Sequence[Tensor], block: Block) -> Tensor:
         import torch
 
         rows = []
