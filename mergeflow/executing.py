@@ -8,6 +8,8 @@ results are merged in order, so threads, memory and timing change no bit of the 
 Files are mapped read-only. A segment's pages are populated by one call before they are touched, so that a file that fails or shrinks
 is an error with a name and not a dead process; `pread` closes what is left of that race, and is taken for file systems where it matters.
 A segment is a whole number of 4 MiB pieces in every dtype, so one thread hashes a piece from its first byte to its last.
+Ops on rows get blocks of whole rows, laid over the tensor by its shape alone; a block across the border of two segments is made
+for both, and each keeps its part.
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import errno
+import math
 import mmap
 import os
 import resource
@@ -23,7 +26,8 @@ import time
 import warnings
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
@@ -33,8 +37,8 @@ from mergeflow.checkpoint import StoredTensor
 from mergeflow.digests import PIECE, tensor_digest
 from mergeflow.dtypes import BY_NAME, DType, torch_dtype
 from mergeflow.errors import InputError, Interrupted, MachineError, MergeflowError, NumericError, Problems, RecipeError
-from mergeflow.graph import Apply, Expression, Load, Measure, Plan
-from mergeflow.ops.base import LEAF, SPREAD_RUN, SPREAD_RUNS, Block, Op, Reduction, spread
+from mergeflow.graph import Apply, Expression, Load, Made, Measure, Plan, loads_of, shape_of
+from mergeflow.ops.base import LEAF, SPREAD_RUN, SPREAD_RUNS, Block, Cut, Op, Reduction, cut_as, spread
 
 if TYPE_CHECKING:
     import torch
@@ -44,8 +48,6 @@ SEGMENT = 4 * 2**20
 """Elements that one thread makes at a time: at least one piece of 4 MiB in every dtype."""
 LARGEST_BLOCK = 4 * LEAF
 """Elements computed at once: 1 MiB in float32."""
-TEMPORARIES = 8
-"""Blocks that an op may hold beyond its inputs, for the estimate of memory."""
 AHEAD = 64 * 2**20
 """Bytes that the kernel is asked to read before they are needed."""
 SMALL = LEAF
@@ -103,8 +105,24 @@ class _Program:
     @property
     def loads(self) -> Iterator[Load]:
         for step in self.steps:
-            if isinstance(step.expression, Load):
-                yield step.expression
+            yield from loads_of(step.expression)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of the tensors that it works on."""
+        return shape_of(self.steps[self.results[0]].expression)
+
+    @property
+    def cut(self) -> Cut:
+        """What can be computed alone: what the most demanding of its parts asks for."""
+        parts = {op.cut for op in self.ops}
+        parts |= {step.expression.source.cut for step in self.steps if isinstance(step.expression, Made)}
+        return "tensor" if "tensor" in parts else "row" if "row" in parts else "element"
+
+    @property
+    def temporaries(self) -> int:
+        """Blocks that are held beyond its values."""
+        return max((op.temporaries for op in self.ops), default=_MADE)
 
     @property
     def measures(self) -> Iterator[Measure]:
@@ -169,6 +187,10 @@ def _find_shared(program: _Program, found: dict[int, Measure]) -> None:
             found[id(measure)] = measure
 
 
+_MADE = 4
+"""Blocks that making or converting a tensor may hold beyond the result."""
+
+
 class _Files:
     """The input files, opened once each, as flat tensors of any range; stored bytes, never written to."""
 
@@ -200,7 +222,13 @@ class _Files:
 
     def spread(self, load: Load) -> Tensor:
         """Up to a leaf of elements of a stored tensor, taken evenly (mergeflow.ops.base.spread)."""
-        return self.of[load.model, load.tensor.file].spread(load.tensor)
+        import torch
+
+        runs = []
+        for start, stop in _spread_runs(load.tensor.elements):
+            self.prepare(load, start, stop)
+            runs.append(self.read(load, start, stop))
+        return runs[0] if len(runs) == 1 else torch.cat(runs)
 
     def prepare(self, load: Load, start: int, stop: int) -> None:
         self.of[load.model, load.tensor.file].prepare(*_span(load.tensor, start, stop))
@@ -210,6 +238,14 @@ class _Files:
 
     def behind(self, load: Load, start: int, stop: int) -> None:
         self.of[load.model, load.tensor.file].behind(*_span(load.tensor, start, stop))
+
+
+def _spread_runs(elements: int) -> list[tuple[int, int]]:
+    """The runs of elements that a sample of a tensor has (mergeflow.ops.base.spread)."""
+    if elements <= LEAF:
+        return [(0, elements)]
+    step = elements // SPREAD_RUNS
+    return [(start, start + SPREAD_RUN) for start in range(0, step * SPREAD_RUNS, step)]
 
 
 def _span(tensor: StoredTensor, start: int, stop: int) -> tuple[int, int]:
@@ -338,18 +374,6 @@ class _File:
             self._pread(_bytes(raw), first)
         return raw.view(torch_dtype(tensor.dtype))
 
-    def spread(self, tensor: StoredTensor) -> Tensor:
-        import torch
-
-        if tensor.elements <= LEAF:
-            self.prepare(*_span(tensor, 0, tensor.elements))
-            return self.read(tensor, 0, tensor.elements)
-        step, runs = tensor.elements // SPREAD_RUNS, []
-        for start in range(0, step * SPREAD_RUNS, step):
-            self.prepare(*_span(tensor, start, start + SPREAD_RUN))
-            runs.append(self.read(tensor, start, start + SPREAD_RUN))
-        return torch.cat(runs)
-
     def _pread(self, into: memoryview, offset: int) -> None:
         while into:
             try:
@@ -406,6 +430,10 @@ class _Cpu:
 
     def loaded(self, raw: Tensor, compute: torch.dtype | None) -> Tensor:
         return raw if compute is None else raw.to(compute)
+
+    def placed(self, made: Tensor) -> Tensor:
+        """A tensor that was made, where blocks are computed."""
+        return made
 
     def stored(self, result: Tensor, into: Sequence[Tensor]) -> None:
         start = 0
@@ -468,6 +496,9 @@ class _Staged(_Cpu):
         if there is staged:
             there = staged.clone()
         return there if compute is None else there.to(compute)
+
+    def placed(self, made: Tensor) -> Tensor:
+        return made.to(self.device)
 
     def stored(self, result: Tensor, into: Sequence[Tensor]) -> None:
         rounded = result.to(into[0].dtype)
@@ -545,13 +576,15 @@ class _Run:
             self.reduction = measure.op.reduction(known)
             if self.reduction is not None:
                 self.programs = [_program(inputs) for inputs in measure.over]
+                sizes = [math.prod(program.shape) for program in self.programs]
+                self.before = [0, *accumulate(-(-size // LEAF) for size in sizes)]
                 self.spans = [
                     (index, start, stop)
-                    for index, inputs in enumerate(measure.over)
+                    for index, (program, size) in enumerate(zip(self.programs, sizes, strict=True))
                     for start, stop in (
-                        [(0, _elements(inputs))]
+                        [(0, size)]
                         if self.reduction.sample
-                        else self._segments(_elements(inputs), self.programs[index])
+                        else _segments(size, program.shape, _coarser(program.cut, self.reduction.cut), measuring=True)
                     )
                 ]
                 self.parts, self.total, self.merged = {}, None, 0
@@ -567,29 +600,43 @@ class _Run:
         self.reduction = None
         if self.program is None:
             raise AssertionError("a row has a program")
-        self.spans = [(0, a, b) for a, b in self._segments(self.engine.plan.rows[self.row].elements, self.program)]
+        shape = self.program.shape
+        bits = self.engine.plan.rows[self.row].bits
+        self.spans = [(0, a, b) for a, b in _segments(math.prod(shape), shape, self.program.cut, bits=bits)]
         self.left = len(self.spans)
         return [(self, index) for index in range(len(self.spans))]
 
-    @staticmethod
-    def _segments(elements: int, program: _Program) -> list[tuple[int, int]]:
-        """A whole tensor where an op needs it whole; at least one segment, so that an empty tensor is looked at too."""
-        step = max(elements, 1) if not _divisible(program) else SEGMENT
-        return [(start, min(start + step, elements)) for start in range(0, max(elements, 1), step)]
+
+def _coarser(first: Cut, second: Cut) -> Cut:
+    """The one of two cuts that leaves less to choose."""
+    cuts: tuple[Cut, ...] = ("tensor", "row", "element")
+    return next(cut for cut in cuts if cut in (first, second))
 
 
-def _elements(inputs: Sequence[Expression]) -> int:
-    """Elements of the tensor that expressions make: all tensors below an expression have one shape."""
-    expression = inputs[0]
-    while isinstance(expression, Apply):
-        expression = expression.inputs[0]
-    return expression.tensor.elements
+def _rows_block(shape: tuple[int, ...]) -> int:
+    """Elements of a block of whole rows: as the shape alone says, at least one row."""
+    length = shape[-1] if shape else 1
+    return max(LARGEST_BLOCK // max(length, 1), 1) * max(length, 1)
 
 
-def _shape(expression: Expression) -> tuple[int, ...]:
-    while isinstance(expression, Apply):
-        expression = expression.inputs[0]
-    return expression.tensor.shape
+def _segments(
+    elements: int, shape: tuple[int, ...], cut: Cut, *, measuring: bool = False, bits: bool = False
+) -> list[tuple[int, int]]:
+    """A whole tensor where an op needs it whole; at least one segment, so that an empty tensor is looked at too.
+
+    A measure's segments are whole blocks of rows, where it needs rows. Rows longer than a quarter of a segment are not worth
+    making twice: then the tensor is one segment.
+    """
+    step = 8 * SEGMENT if bits else SEGMENT
+    if cut == "row":
+        block = _rows_block(shape)
+        if measuring:
+            step = max(step // block, 1) * block
+        elif block > step // 4:
+            step = max(elements, 1)
+    elif cut == "tensor":
+        step = max(elements, 1)
+    return [(start, min(start + step, elements)) for start in range(0, max(elements, 1), step)]
 
 
 def threads_for(threads: int | None) -> int:
@@ -597,11 +644,11 @@ def threads_for(threads: int | None) -> int:
     return threads or len(os.sched_getaffinity(0))
 
 
-def block_of(program_live: int, compute_size: int, memory: int, threads: int, largest: int = LARGEST_BLOCK) -> int:
-    """Elements of a block: the largest power of two of leaves whose values fit a thread's share of memory, at least one leaf."""
+def block_of(values: int, compute_size: int, memory: int, threads: int, largest: int = LARGEST_BLOCK) -> int:
+    """Elements of a block: the largest power of two of leaves of which so many fit a thread's share of memory, at least one leaf."""
     block = largest
     share = memory / 4 / threads  # the rest is for what a measure holds
-    while block > LEAF and (program_live + TEMPORARIES) * block * compute_size > share:
+    while block > LEAF and values * block * compute_size > share:
         block //= 2
     return block
 
@@ -616,12 +663,15 @@ def peak_memory(plan: Plan, memory: int, threads: int) -> int:
         program = programs.get(kind)
         if program is None:
             program = programs[kind] = _program([row.expression])
-        block = row.elements
-        if _divisible(program):
-            block = min(block, block_of(program.live, row.compute.size, memory, threads))
-        blocks = (program.live + TEMPORARIES) * block * row.compute.size
+        elements, values = math.prod(shape_of(row.expression)), program.live + program.temporaries
+        block = elements
+        if program.cut == "element":
+            block = min(block, block_of(values, row.compute.size, memory, threads))
+        elif program.cut == "row":
+            block = min(block, _rows_block(shape_of(row.expression)))
+        blocks = values * block * row.compute.size
         # In a tensor of one leaf a measure sees all there is at once, and holds no more than that.
-        measure = program.measure_bytes if row.elements > LEAF else min(program.measure_bytes, 4 * blocks)
+        measure = program.measure_bytes if elements > LEAF else min(program.measure_bytes, 4 * blocks)
         worst = max(worst, blocks + measure)
     return worst * threads
 
@@ -634,7 +684,7 @@ def _kind(expression: Expression, seen: dict[int, int]) -> Any:
     seen[id(expression)] = len(seen)
     if isinstance(expression, Apply):
         return (id(expression.op), *[_kind(one, seen) for one in expression.inputs])
-    return None
+    return type(expression.source) if isinstance(expression, Made) else None
 
 
 class _Engine:
@@ -829,36 +879,47 @@ class _Engine:
                 raise error.placed(f"{row.node}: {row.name}") from None
             raise
 
-    def _blocks(self, program: _Program, start: int, stop: int, compute: DType) -> Iterator[tuple[int, int]]:
-        whole = not _divisible(program)
-        block = (
-            max(stop - start, 1)
-            if whole
-            else block_of(program.live, compute.size, self.memory, self.threads, self.device.block)
-        )
+    def _blocks(self, program: _Program, start: int, stop: int, cut: Cut) -> Iterator[tuple[int, int]]:
+        """The blocks that cover a segment; of rows the first and the last may reach beyond it."""
+        elements = math.prod(program.shape)
+        if cut == "row":
+            block = _rows_block(program.shape)
+            start -= start % block
+        elif cut == "tensor":
+            block = max(elements, 1)
+        else:
+            values, size = program.live + program.temporaries, _compute_dtype(program).size
+            block, elements = block_of(values, size, self.memory, self.threads, self.device.block), stop
         for first in range(start, max(stop, start + 1), block):
             if self.stop.is_set():
                 raise Interrupted("stopped")
-            yield first, min(first + block, stop)
+            yield first, min(first + block, elements)
 
     def _measure(self, run: _Run, index: int, report: Report) -> None:
         which, start, stop = run.spans[index]
         program, reduction = run.programs[which], run.reduction
         if reduction is None:
             raise AssertionError("a measuring run has a reduction")
-        compute = _compute_dtype(program)
-        known, shape = run.known(run.measures[0]), _shape(program.steps[-1].expression)
-        if reduction.sample and _divisible(program):
+        measure = run.measures[0]
+        at = Block(
+            start,
+            run.known(measure),
+            program.shape,
+            measure.keys[which] if measure.keys else (),
+            run.before[which],
+        )
+        if reduction.sample and program.cut == "element":
             values = self._values(run, program, start, stop, sample=True)
-            merged = [reduction.block([values[result] for result in program.results], Block(start, known, shape))]
+            merged = [reduction.block([values[result] for result in program.results], at)]
         else:
             merged = []
             self._prepare(program, start, stop)
-            for first, end in self._blocks(program, start, stop, compute):
+            for first, end in self._blocks(program, start, stop, _coarser(program.cut, reduction.cut)):
                 values = self._values(run, program, first, end)
-                given = [values[result] for result in program.results]
-                at = Block(first, known, shape)
-                part = reduction.block([spread(one) for one in given] if reduction.sample else given, at)
+                given = [cut_as(values[result], reduction.cut, program.shape) for result in program.results]
+                part = reduction.block(
+                    [spread(one) for one in given] if reduction.sample else given, replace(at, start=first)
+                )
                 merged = [reduction.merge([*merged, part])] if merged else [part]
                 report.bytes_in += _stored_bytes(program, end - first)
                 self.progress(_stored_bytes(program, end - first), 0)
@@ -871,8 +932,14 @@ class _Engine:
                 run.merged += 1
 
     def _prepare(self, program: _Program, start: int, stop: int) -> None:
-        for load in program.loads:
-            self.files.prepare(load, start, stop)
+        if program.cut == "row":
+            block = _rows_block(program.shape)
+            start, stop = start - start % block, min(stop + -stop % block, math.prod(program.shape))
+        for step in program.steps:
+            if isinstance(step.expression, Load):
+                self.files.prepare(step.expression, start, stop)
+            for load in step.expression.loads if isinstance(step.expression, Made) else ():
+                self.files.prepare(load, 0, load.tensor.elements)
 
     def _values(
         self,
@@ -905,20 +972,37 @@ class _Engine:
                 wide = stored.dtype == torch.float64
                 compute = None if as_stored else torch.float64 if wide else torch.float32
                 values[position] = self.device.loaded(stored, compute)
+            elif isinstance(expression, Made):
+                spans = _spread_runs(math.prod(expression.shape)) if sample else [(start, stop)]
+                runs = [self._made(expression, *span) for span in spans]
+                values[position] = runs[0] if len(runs) == 1 else torch.cat(runs)
             else:
                 inputs = [values[one] for one in step.inputs]
                 if not as_stored and len({one.dtype for one in inputs}) > 1:
                     inputs = [one.to(torch.float64) for one in inputs]
                 if suspects is not None and not expression.op.shows_non_finite:
                     suspects += [expression.op.name] * (not all(_finite(one, None) for one in inputs))
-                if expression.op.cut == "tensor":
-                    shape = _shape(expression)
-                    inputs = [one.reshape(shape) for one in inputs]
-                made = expression.op.compute(inputs, Block(start, run.known(expression.measure), _shape(expression)))
-                values[position] = made.reshape(-1) if expression.op.cut == "tensor" else made
+                at = Block(
+                    start, run.known(expression.measure), shape_of(expression), expression.keys, expression.before
+                )
+                values[position] = _applied(expression.op, inputs, at)
             for one in step.drops:
                 del values[one]
         return values
+
+    def _made(self, expression: Made, start: int, stop: int) -> Tensor:
+        """Elements of a tensor that its source makes."""
+        import torch
+
+        wide = any(load.tensor.dtype.name == "float64" for load in expression.loads)
+        made = expression.source.make(
+            lambda which, first, end: self.device.loaded(self.files.read(expression.loads[which], first, end), None),
+            start,
+            stop,
+            expression.shape,
+            torch.float64 if wide else torch.float32,
+        )
+        return self.device.placed(made)
 
     def _write(self, run: _Run, index: int, report: Report) -> None:
         import torch
@@ -931,42 +1015,54 @@ class _Engine:
         owned = {id(load) for load in self.owned[run.row]}
         hashed = {p: _Hashes() for p, s in enumerate(program.steps) if id(s.expression) in owned}
         digests = _Hashes()
-        memory = self.sink.memory(run.row, start * size, stop * size) if stop > start else []
+
+        def into_bytes(place: int) -> int:
+            return -(-place // 8) if row.bits else place * size
+
+        memory = self.sink.memory(run.row, into_bytes(start), into_bytes(stop)) if stop > start else []
         pieces = [torch.frombuffer(piece, dtype=out) for piece in memory]
         self._prepare(program, start, stop)
-        for first, end in self._blocks(program, start, stop, row.compute):
+        for first, end in self._blocks(program, start, stop, program.cut):
             raw: dict[int, Tensor] = {}
             suspects: list[str] | None = [] if row.check_finite else None
             result = self._values(run, program, first, end, raw=raw, suspects=suspects)[program.results[0]]
+            mine = slice(max(start - first, 0), max(min(end, stop) - first, 0))
+            first, end = first + mine.start, first + mine.stop
             if end == first:
                 continue
+            result = result[mine]
             clock = time.perf_counter()
             if row.check_finite and (suspects or not _finite(result, row.dtype)):
                 self._not_finite(run.row, program, suspects or [])
                 # The row is never done and so never kept; its memory goes back, or a sink would run out of it.
-                self.sink.filled(run.row, start * size, stop * size)
+                self.sink.filled(run.row, into_bytes(start), into_bytes(stop))
                 return
             report.seconds["check"] += time.perf_counter() - clock
-            into = _slices(pieces, first - start, end - start)
+            if row.bits:
+                result = _packed(result)
+                into = _slices(pieces, (first - start) // 8, -(-(end - start) // 8))
+            else:
+                into = _slices(pieces, first - start, end - start)
             self.device.stored(result, into)
             clock = time.perf_counter()
             for position, hashes in hashed.items():
-                hashes.update(_bytes(raw[position]))
+                hashes.update(_bytes(raw[position][mine]))
             for piece in into:
                 digests.update(_bytes(piece))
             report.seconds["hash"] += time.perf_counter() - clock
-            bytes_in, bytes_out = _stored_bytes(program, end - first), (end - first) * size
+            bytes_in, bytes_out = _stored_bytes(program, end - first), into_bytes(end) - into_bytes(first)
             report.bytes_in += bytes_in
             report.bytes_out += bytes_out
             self.progress(bytes_in, bytes_out)
         if stop > start:
-            self.sink.filled(run.row, start * size, stop * size)
+            self.sink.filled(run.row, into_bytes(start), into_bytes(stop))
         for position, hashes in hashed.items():
             run.pieces[position, index] = hashes.finish()
         run.pieces[-1, index] = digests.finish()
         if self.drop_behind:
-            for load in program.loads:
-                self.files.behind(load, start, stop)
+            for step in program.steps:
+                if isinstance(step.expression, Load):
+                    self.files.behind(step.expression, start, stop)
         self._finish_row(run, list(hashed))
 
     def _finish_row(self, run: _Run, hashed: Sequence[int]) -> None:
@@ -977,9 +1073,13 @@ class _Engine:
         with self.lock:
             if sum((-1, index) in run.pieces for index in range(count)) < count or run.row not in self.owned:
                 return
-            del self.owned[run.row]
+            owned = self.owned.pop(run.row)
         row = self.plan.rows[run.row]
         inputs = {}
+        read = {id(run.program.steps[position].expression) for position in hashed}
+        for one in owned:
+            if id(one) not in read:
+                inputs[f"{one.model}/{one.tensor.name}"] = self._digest(one)
         for position in hashed:
             load = run.program.steps[position].expression
             if isinstance(load, Load):
@@ -989,6 +1089,15 @@ class _Engine:
                 )
         made = [piece for index in range(count) for piece in run.pieces[-1, index]]
         self.sink.row_done(run.row, tensor_digest(made, row.dtype.name, row.shape), inputs)
+
+    def _digest(self, load: Load) -> str:
+        """The digest of a stored tensor that was not read from end to end."""
+        hashes = _Hashes()
+        for start, stop in _segments(load.tensor.elements, load.tensor.shape, "element"):
+            self.files.prepare(load, start, stop)
+            if stop > start:
+                hashes.update(_bytes(self.files.read(load, start, stop)))
+        return tensor_digest(hashes.finish(), load.tensor.dtype.name, load.tensor.shape)
 
     def _not_finite(self, index: int, program: _Program, suspects: Sequence[str]) -> None:
         """Note why a row is not finite: NaN and Inf counted in each tensor it reads, or values too large for the dtype."""
@@ -1027,9 +1136,32 @@ def _compute_dtype(program: _Program) -> DType:
     return BY_NAME["float64" if wide else "float32"]
 
 
-def _divisible(program: _Program) -> bool:
-    """Whether any elements of a program's result can be computed from the same elements of its tensors."""
-    return all(op.cut == "element" for op in program.ops)
+def _applied(op: Op, inputs: Sequence[Tensor], block: Block) -> Tensor:
+    """An op on flat inputs, given to it as it wants them cut; the result is flat."""
+    import torch
+
+    if op.cut == "element" or not inputs:
+        return op.compute(inputs, block).reshape(-1)
+    if op.cut == "tensor":
+        return op.compute([cut_as(one, "tensor", block.shape) for one in inputs], block).reshape(-1)
+    # Where something else in the row needs the whole tensor, rows are still cut as they are everywhere.
+    size = _rows_block(block.shape)
+    made = [
+        op.compute(
+            [cut_as(one[start : start + size], "row", block.shape) for one in inputs],
+            replace(block, start=block.start + start),
+        ).reshape(-1)
+        for start in range(0, max(len(inputs[0]), 1), size)
+    ]
+    return made[0] if len(made) == 1 else torch.cat(made)
+
+
+def _packed(truth: Tensor) -> Tensor:
+    """Eight truth values to a byte, the first in the lowest bit."""
+    import numpy as np
+    import torch
+
+    return torch.from_numpy(np.packbits(np.asarray(truth.cpu()) != 0, bitorder="little"))
 
 
 def _exact(program: _Program) -> bool:
@@ -1037,7 +1169,14 @@ def _exact(program: _Program) -> bool:
 
 
 def _stored_bytes(program: _Program, elements: int) -> int:
-    return sum(load.tensor.dtype.size for load in program.loads) * elements
+    total = 0
+    for step in program.steps:
+        if isinstance(step.expression, Load):
+            total += step.expression.tensor.dtype.size * elements
+        elif isinstance(step.expression, Made):
+            whole = sum(load.tensor.nbytes for load in step.expression.loads)
+            total += whole * elements // max(math.prod(step.expression.shape), 1)
+    return total
 
 
 def _slices(pieces: Sequence[Tensor], start: int, stop: int) -> list[Tensor]:
@@ -1119,9 +1258,8 @@ def execute(
         expression: Expression | None = plan.rows[index].expression
         while isinstance(expression, Apply):
             expression = next(iter(expression.inputs), None)
-        return (
-            (position[expression.model], expression.tensor.file, expression.tensor.begin) if expression else (-1, "", 0)
-        )
+        load = next(iter(loads_of(expression)), None) if expression else None
+        return (position[load.model], load.tensor.file, load.tensor.begin) if load else (-1, "", 0)
 
     # In the order of the files, so that reading is one sweep, and rows of several outputs over one tensor follow each other
     # while it is in the page cache; rows that need nothing from a file come first.

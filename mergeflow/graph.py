@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from mergeflow.checkpoint import Checkpoint, StoredTensor
+from mergeflow.checkpoint.sources import Source
 from mergeflow.dtypes import DType
 from mergeflow.ops.base import Op
 
@@ -24,27 +25,62 @@ class Load:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
+class Made:
+    """A tensor that no file holds as such: `source` makes its elements from those of `loads`."""
+
+    source: Source
+    loads: tuple[Load, ...]
+    dtype: DType
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
 class Measure:
     """Global numbers an op needs before its blocks can be computed, e.g. a norm or the threshold of a trim.
 
     `over` holds the inputs of each tensor that is measured: one tuple for a measure within a tensor, one for each
-    floating tensor of the node for a measure over the model. Rows that need the same numbers share one `Measure`.
+    floating tensor of the node for a measure over the model. `keys` are those of a random op's draws, for each of `over`.
+    Rows that need the same numbers share one `Measure`.
     """
 
     op: Op
     over: tuple[tuple[Expression, ...], ...]
+    keys: tuple[tuple[int, ...], ...] = ()
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Apply:
-    """An op on the tensors that its inputs make. `op` is resolved: each setting has its value at this tensor."""
+    """An op on the tensors that its inputs make. `op` is resolved: each setting has its value at this tensor.
+
+    `keys` are those of a random op's draws, one for each input. `before` counts the leaves that stand before this tensor in a
+    measure over several. `of` is the shape of a result that has no inputs to take it from.
+    """
 
     op: Op
     inputs: tuple[Expression, ...]
     measure: Measure | None = None
+    keys: tuple[int, ...] = ()
+    before: int = 0
+    of: tuple[int, ...] = ()
 
 
-Expression = Load | Apply
+Expression = Load | Made | Apply
+
+
+def shape_of(expression: Expression) -> tuple[int, ...]:
+    """The shape of what an expression makes: that of its inputs, which is the same for all."""
+    while isinstance(expression, Apply):
+        if not expression.inputs:
+            return expression.of
+        expression = expression.inputs[0]
+    return expression.tensor.shape if isinstance(expression, Load) else expression.shape
+
+
+def loads_of(expression: Expression) -> tuple[Load, ...]:
+    """The stored tensors that a leaf reads; none for an op."""
+    if isinstance(expression, Load):
+        return (expression,)
+    return expression.loads if isinstance(expression, Made) else ()
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -52,7 +88,8 @@ class Row:
     """One output tensor: what makes it, and where its bytes go.
 
     `compute` is the dtype the expression is evaluated in; `shard` an index into `Plan.shards`; `offset` counts bytes
-    from the start of the shard's file.
+    from the start of the shard's file. A row of `bits` holds the truth of what the expression makes, eight elements to a byte,
+    the first in the lowest bit.
     """
 
     output: str
@@ -65,6 +102,7 @@ class Row:
     offset: int
     compute: DType
     check_finite: bool = True
+    bits: bool = False
 
     @property
     def elements(self) -> int:

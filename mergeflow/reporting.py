@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from mergeflow.errors import printable
-from mergeflow.graph import Apply, Expression, Plan
+from mergeflow.graph import Apply, Expression, Load, Plan, loads_of
 from mergeflow.planning import loads
 from mergeflow.recipe import Node, Recipe
 from mergeflow.settings import Each, Gradient
@@ -81,7 +81,10 @@ def expression_text(expression: Expression) -> str:
     """An expression as text: `ties(base, task_vector(base, a))`."""
     if isinstance(expression, Apply):
         return f"{expression.op.name}({', '.join(expression_text(one) for one in expression.inputs)})"
-    return f"{expression.model}:{expression.tensor.name}"
+    names = [f"{load.model}:{load.tensor.name}" for load in loads_of(expression)]
+    if isinstance(expression, Load):
+        return names[0]
+    return f"{type(expression.source).__name__.lower()}({', '.join(names)})"
 
 
 def plan_text(data: Mapping[str, Any], out: Path) -> str:

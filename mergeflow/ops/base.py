@@ -305,7 +305,10 @@ def cut_as(tensor: Tensor, cut: Cut, shape: Sequence[int]) -> Tensor:
     """A tensor, or flat whole rows of one of this shape, in the form in which `cut` gives it."""
     if cut == "tensor":
         return tensor.reshape(shape)
-    return tensor.reshape(-1, shape[-1] if shape else 1) if cut == "row" else tensor.reshape(-1)
+    if cut == "element":
+        return tensor.reshape(-1)
+    length = shape[-1] if shape else 1
+    return tensor.reshape(-1, length) if length else tensor.reshape(0, 0)
 
 
 def measure(op: Op, tensors: Sequence[Tensor], keys: tuple[int, ...] = ()) -> tuple[Any, ...]:

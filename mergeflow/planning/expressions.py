@@ -7,7 +7,7 @@ from typing import Any
 
 from mergeflow.dtypes import BY_NAME
 from mergeflow.errors import RecipeError
-from mergeflow.graph import Apply, Expression, Load, Measure
+from mergeflow.graph import Apply, Expression, Load, Made, Measure, loads_of
 from mergeflow.ops import Linear, Op, TaskArithmetic, TaskVector
 from mergeflow.ops.base import DeltaOp
 from mergeflow.settings import Place
@@ -60,8 +60,8 @@ class Expressions:
         """Whether an expression reads float64 and so is computed in it."""
         if not self.any_wide:
             return False
-        if isinstance(expression, Load):
-            return expression.tensor.dtype is FLOAT64
+        if not isinstance(expression, Apply):
+            return any(load.tensor.dtype is FLOAT64 for load in loads_of(expression))
         found = self.wide.get(id(expression))
         if found is None:
             found = self.wide[id(expression)] = any(map(self.is_wide, expression.inputs))
@@ -76,10 +76,11 @@ class Expressions:
             if id(one) in seen:
                 continue
             seen.add(id(one))
-            model = one.model if isinstance(one, Load) else self.agreed.get(id(one))
+            model = self.agreed.get(id(one))
+            if model is None and not isinstance(one, Apply):
+                model = next((load.model for load in loads_of(one)), None)
             if model is None:
-                assert isinstance(one, Apply)
-                todo += reversed(one.inputs)
+                todo += reversed(one.inputs) if isinstance(one, Apply) else ()
             elif model not in seen:
                 seen.add(model)
                 yield model
@@ -137,5 +138,10 @@ def loads(*expressions: Expression) -> Iterator[Load]:
         seen.add(id(expression))
         if isinstance(expression, Load):
             yield expression
-        else:
-            todo += reversed(expression.inputs)
+            continue
+        if isinstance(expression, Made):
+            todo += reversed(expression.loads)
+            continue
+        todo += reversed(expression.inputs)
+        if expression.measure is not None and len(expression.measure.over) > 1:
+            todo += [one for inputs in reversed(expression.measure.over) for one in reversed(inputs)]
