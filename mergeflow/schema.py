@@ -312,7 +312,7 @@ def _open_node(op: type[Op], section: Schema) -> None:
     if "others" in properties:
         others = properties["others"]
         others["oneOf"] = [*others["oneOf"], _ref("node")]
-        section["dependencies"] = {"only": ["others"], "others": ["only"]}
+        section["dependencies"] = {"only": ["others"], **({} if op.matrices_only else {"others": ["only"]})}
     first = [key for key in _GRAMMAR if key in properties]
     own = [key for key in op.model_fields if key in properties]
     section["properties"] = {key: properties[key] for key in dict.fromkeys([*first, *own, *properties])}
@@ -502,6 +502,8 @@ def _takes(op: type[Op]) -> str:
         if op.most is not None and op.most != op.fewest:
             count = f"{op.fewest} to {op.most}"
         words = f"inputs: {count}, models or nodes"
+    if op.may_base:
+        return f"base: a model or node, if deltas are to be merged; {words}"
     return f"base: a model or node; {words}" if op.needs_base else words
 
 

@@ -20,7 +20,7 @@ from mergeflow.checkpoint import encode_header
 from mergeflow.dtypes import BY_NAME
 from mergeflow.errors import MergeflowError, Problems
 from mergeflow.graph import Apply, Expression, Load, Plan
-from mergeflow.ops import Linear, TaskArithmetic, TaskVector
+from mergeflow.ops import Linear, TaskArithmetic, TaskVector, Ties
 from mergeflow.ops.unchanged import Unchanged
 from mergeflow.planning import keeps_quantisation, loads, needed_models
 from mergeflow.recipe import Recipe
@@ -1036,5 +1036,6 @@ def test_a_mean_op_is_the_ops_own() -> None:
     from mergeflow.ops import Scale
     from mergeflow.planning.expressions import mean_like
 
-    assert isinstance(mean_like(TaskVector()), TaskVector)
-    assert isinstance(mean_like(Scale(by=2.0)), Linear)
+    assert isinstance(mean_like(TaskVector(), based=True), TaskVector)
+    assert isinstance(mean_like(Scale(by=2.0), based=False), Linear)
+    assert isinstance(mean_like(Ties(), based=True), TaskArithmetic)

@@ -134,6 +134,10 @@ class Op(BaseModel, ABC):
 
     def space(self, base: Space | None, inputs: Sequence[Space]) -> Space:
         """The space of the result. Raises RecipeError where the inputs' spaces cannot go together."""
+        if base is not None and self.may_base:
+            return _onto_base(self, base, inputs)
+        if self.needs_base and base != "weight":
+            raise _no_base(self, base)
         if len(set(inputs)) > 1:
             raise RecipeError(
                 f"{self.name} mixes {' and '.join(sorted(set(inputs)))} inputs",
@@ -161,9 +165,12 @@ class Op(BaseModel, ABC):
         """Bytes that the measure of one tensor holds at most in each thread, beside its blocks, for so many inputs."""
         return 0
 
+    model_settings: ClassVar[tuple[str, ...]] = ()
+    """Settings that must have one value over the whole model where `over_model` holds."""
+
     @property
     def over_model(self) -> bool:
-        """Whether the measure goes over all floating tensors of the node, and not each alone."""
+        """Whether the measure goes over all floating tensors of the node, by name, and not over each alone."""
         return False
 
     @property
@@ -242,6 +249,23 @@ def number(setting: Any) -> float:
     return float(setting)
 
 
+def _no_base(op: Op, base: Space | None) -> RecipeError:
+    return RecipeError(
+        f"the base of {op.name} is {f'a {base}' if base else 'missing'}, not a weight",
+        fix="A base must be a model or a node that gives weights.",
+    )
+
+
+def _onto_base(op: Op, base: Space | None, inputs: Sequence[Space]) -> Space:
+    """The space of an op that adds to a base what it makes of deltas, of weights or deltas as inputs."""
+    if base != "weight":
+        raise _no_base(op, base)
+    wrong = [space for space in inputs if space not in ("weight", "delta")]
+    if wrong:
+        raise RecipeError(f"{op.name} cannot use {wrong[0]} as an input", fix="Give it models or deltas.")
+    return "weight"
+
+
 class DeltaOp(Op):
     """An op that works on what models learnt since a base: result = base + combine(deltas).
 
@@ -255,21 +279,14 @@ class DeltaOp(Op):
 
     def space(self, base: Space | None, inputs: Sequence[Space]) -> Space:
         """Weights and deltas may stand together as inputs; the base is a weight, and so is the result."""
-        if base != "weight":
-            raise RecipeError(
-                f"the base of {self.name} is {f'a {base}' if base else 'missing'}, not a weight",
-                fix="A base must be a model or a node that gives weights.",
-            )
-        wrong = [space for space in inputs if space not in ("weight", "delta")]
-        if wrong:
-            raise RecipeError(f"{self.name} cannot use {wrong[0]} as an input", fix="Give it models or deltas.")
+        space = _onto_base(self, base, inputs)
         if self.deltas_only and "weight" in inputs:
             raise RecipeError(
                 f"{self.name} adds deltas, and an input is a model's weights",
                 fix="Make a delta of it first: `{op: task_vector, base: ..., model: ...}`, "
                 "or use `op: task_arithmetic`.",
             )
-        return "weight"
+        return space
 
     @abstractmethod
     def combine(self, deltas: Sequence[Tensor], block: Block) -> Tensor:

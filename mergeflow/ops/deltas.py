@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 Rounding = Literal["floor", "nearest", "ceil"]
 Rescale = Literal["none", "l1", "l2", "linf", "probability"]
 Vote = Literal["mass", "count"]
+Scope = Literal["tensor", "model"]
 
 _TINY = 1e-8
 """Divisors smaller than this count as 0."""
@@ -124,20 +125,25 @@ def _number(bits: int, wide: bool) -> float:
 
 
 def trimming(
-    known: tuple[Any, ...], densities: Sequence[float], rounding: Rounding, rescale: Rescale
+    known: tuple[Any, ...],
+    densities: Sequence[float],
+    rounding: Rounding,
+    rescale: Rescale,
+    scope: Scope = "tensor",
 ) -> Reduction | None:
     """The next round of finding the thresholds of deltas; the inputs of its blocks are the base and the deltas.
 
     The first round knows a bracket for each delta, later ones a `Threshold`, or None for a delta of density 1, which is
-    not trimmed. The second knows None where a bracket did not hold the threshold.
+    not trimmed. The second knows None where a bracket did not hold the threshold. Over a model there is no bracket: a sample
+    of each tensor says little about all of them.
     """
     if all(density == 1 for density in densities):
         return None
-    if not known:
+    if not known and scope == "tensor":
         return _Brackets(tuple(densities))
-    if len(known) == 1:
+    if len(known) == 1 and scope == "tensor":
         return _Inside(tuple(densities), rounding, known[0], count_leaves=rescale not in ("l1", "l2"))
-    if known[-1] is None:
+    if not known or known[-1] is None:
         return _Leading(tuple(densities), rounding)
     found: tuple[Threshold | None, ...] = known[-1]
     if any(one and one.open for one in found):
@@ -160,14 +166,14 @@ def trimmed(deltas: Sequence[Tensor], densities: Sequence[float], rescale: Resca
         if one is None:
             result.append(delta)
             continue
-        kept = _kept(delta, one, block.start) if one.lowest else delta
+        kept = _kept(delta, one, block.before * LEAF + block.start) if one.lowest else delta
         factor = 1 / density if rescale == "probability" else one.factor
         result.append(scaled(kept, factor, own=kept is not delta))
     return result
 
 
 def _kept(delta: Tensor, threshold: Threshold, start: int) -> Tensor:
-    """The part of a delta that starts at element `start`, trimmed."""
+    """The part of a delta that starts at element `start` (of whole leaves, where several tensors are measured), trimmed."""
     import torch
 
     if not threshold.divides:

@@ -8,9 +8,8 @@ from typing import Any
 from mergeflow.dtypes import BY_NAME
 from mergeflow.errors import RecipeError
 from mergeflow.graph import Apply, Expression, Load, Made, Measure, loads_of
-from mergeflow.ops import Linear, Op, TaskArithmetic, TaskVector
-from mergeflow.ops.base import DeltaOp
-from mergeflow.settings import Place
+from mergeflow.ops import Add, Linear, Op, TaskArithmetic, TaskVector
+from mergeflow.settings import Each, Place
 
 FLOAT64 = BY_NAME["float64"]
 
@@ -18,13 +17,15 @@ FLOAT64 = BY_NAME["float64"]
 SUBTRACT = TaskVector()
 MEAN: Op = Linear.model_construct(weight=1.0, normalize=True)
 MEAN_DELTA: Op = TaskArithmetic.model_construct(weight=1.0, normalize=True, scale=1.0)
+ONTO: Op = Add.model_construct(weight=Each((1.0,)))
+"""Adds one delta to a base."""
 
 
-def mean_like(op: Op) -> Op:
+def mean_like(op: Op, *, based: bool) -> Op:
     """What `others: mean` computes beside an op: the plain mean of its inputs, in the op's own space."""
-    if isinstance(op, DeltaOp):
-        return MEAN_DELTA
-    return op if isinstance(op, TaskVector) else MEAN
+    if isinstance(op, TaskVector):
+        return op
+    return MEAN_DELTA if based else MEAN
 
 
 class Expressions:
@@ -41,12 +42,17 @@ class Expressions:
         self.agreed: dict[int, str] = {}
         """Of vocabulary tensors merged under `vocab: ignore`: the model whose words their rows are taken to mean."""
 
-    def apply(self, op: Op, inputs: tuple[Expression, ...]) -> Apply:
+    def apply(self, op: Op, inputs: tuple[Expression, ...], keys: tuple[int, ...] = ()) -> Apply:
         """A resolved op on its inputs, with the measure that it needs."""
+        measure = Measure(op, (inputs,), (keys,) if keys else ()) if self.measured(op) else None
+        return Apply(op, inputs, measure, keys)
+
+    def measured(self, op: Op) -> bool:
+        """Whether a resolved op needs a measure."""
         measures = self.measures.get(id(op))
         if measures is None:
             measures = self.measures[id(op)] = op.measures
-        return Apply(op, inputs, Measure(op, (inputs,)) if measures else None)
+        return measures
 
     def difference(self, model: Expression, base: Expression) -> Apply:
         """What a model learnt since a base."""

@@ -3,21 +3,36 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from mergeflow.checkpoint import StoredTensor
 from mergeflow.errors import RecipeError
-from mergeflow.graph import Expression
+from mergeflow.graph import Apply, Expression, Measure
 from mergeflow.ops import Op
-from mergeflow.ops.base import DeltaOp, Space
+from mergeflow.ops.base import LEAF, DeltaOp, Space
+from mergeflow.ops.draws import draw_key
 from mergeflow.ops.unchanged import Unchanged
-from mergeflow.planning.expressions import mean_like
+from mergeflow.planning.expressions import ONTO, mean_like
 from mergeflow.planning.models import HEADS, Table, rename_line
 from mergeflow.recipe import Node
-from mergeflow.settings import Each, Place, Rule, matches, places, value_at
+from mergeflow.settings import Each, Place, Rule, constant, matches, places, value_at
 
 if TYPE_CHECKING:
     from mergeflow.planning.planner import Planner
+
+
+@dataclass(frozen=True, slots=True)
+class _Ready:
+    """An op at one tensor, resolved, with its inputs (the base first, if it takes one) and the keys of its draws.
+
+    `onto` is the base that the result is added to, for an op that may do without one.
+    """
+
+    op: Op
+    inputs: tuple[Expression, ...]
+    keys: tuple[int, ...] = ()
+    onto: Expression | None = None
 
 
 class NodeTable(Table):
@@ -31,6 +46,8 @@ class NodeTable(Table):
         self.bases = [planner.table(one.base) if one.base else self.base for one in node.inputs]
         self.others = planner.table(node.others) if node.others else None
         self.made: dict[str, Expression] = {}
+        self.ready: dict[str, _Ready | Expression] = {}
+        self.shared: tuple[Measure, dict[str, int]] | None = None
         self.holders: dict[str, Table] = {}
         """Tensors that are somebody else's as they are: of `select`, and of `extra: keep`."""
         self.fixes: dict[int, str] = {}
@@ -45,6 +62,13 @@ class NodeTable(Table):
             self.tensors, self.places = source.tensors, source.places
             self._extra_names()
         self._check_patterns()
+        if node.op.matrices_only:
+            rest = [n for n, t in self.tensors.items() if t.dtype.kind == "float" and len(t.shape) != 2]
+            giver = f"come from '{node.others}'" if node.others else "are the mean of the inputs"
+            if rest:
+                self.findings.notes[f"{self.where()}: {node.op.name} acts on matrices; {len(rest)} tensors {giver}"] = (
+                    None
+                )
 
     def _sources(self) -> list[Table]:
         return [one for one in (*self.inputs, *self.bases, self.base, self.others) if one is not None]
@@ -69,6 +93,12 @@ class NodeTable(Table):
                         f"'{one.model}' is a delta already, so its own `base: {one.base}` would say nothing",
                         where=self.at_input(index),
                         fix="Leave `base` out there.",
+                    )
+                if one.base and self.base is None:
+                    raise RecipeError(
+                        f"'{one.model}' has a base of its own, and the node has none",
+                        where=self.at_input(index),
+                        fix="Write `base:` on the node too: what the deltas are added to.",
                     )
             for base in self.bases:
                 if base is not None and base is not self.base and base.space != "weight":
@@ -137,9 +167,15 @@ class NodeTable(Table):
 
     def _consults(self, table: Table, place: Place) -> bool:
         """Whether a tensor at a place is taken from a table: inputs give what `only` names, `others` the rest."""
-        if self.node.only is None or self.others is None:
+        if self.others is None:
             return True
-        return matches(self.node.only, place) is (table is not self.others)
+        return self._acts(place, table.tensors[place.name]) is (table is not self.others)
+
+    def _acts(self, place: Place, tensor: StoredTensor) -> bool:
+        """Whether the op is for a tensor, or `others` says where it comes from."""
+        if self.node.op.matrices_only and (len(tensor.shape) != 2 or not tensor.elements):
+            return False
+        return self.node.only is None or matches(self.node.only, place)
 
     def _can_keep(self, name: str, holders: Sequence[Table]) -> bool:
         if len(holders) > 1:
@@ -199,6 +235,16 @@ class NodeTable(Table):
             self._check_setting(getattr(node, name), self.places, name)
         if node.op.takes != "rules":
             self._check_setting(node.extra, {**self.places, **self.beyond}, "extra")
+        for name in node.op.model_settings if node.op.over_model else ():
+            own = getattr(node.op, name)
+            if not constant(own):
+                self.findings.add(
+                    RecipeError(
+                        f"`{name}` changes over the model, and `{node.op.name}` measures the whole model here",
+                        where=self.where(name),
+                        fix="Give it one value for each input.",
+                    )
+                )
         if node.only is not None:
             self.planner.check_rules([node.only], self.places, self.where("only"))
         if node.rules:
@@ -232,11 +278,52 @@ class NodeTable(Table):
     def _made(self, name: str) -> Expression:
         if name in self.holders:
             return self.holders[name].expression(name)
+        ready = self.ready.get(name) or self.ready.setdefault(name, self._resolved(name))
+        if not isinstance(ready, _Ready):
+            return ready
+        if ready.op.over_model and self.make.measured(ready.op):
+            measure, before = self._measure()
+            made = Apply(ready.op, ready.inputs, measure, ready.keys, before[name])
+        else:
+            made = self.make.apply(ready.op, ready.inputs, ready.keys)
+        if ready.onto is not None:
+            made = self.make.apply(ONTO, (ready.onto, made))
+        if self.places[name].vocab and self.node.vocab == "ignore":
+            self.make.agreed[id(made)] = next(self.make.speakers(made))
+        return made
+
+    def _measure(self) -> tuple[Measure, dict[str, int]]:
+        """The measure of an op over the model, and how many leaves stand before each tensor in it."""
+        if self.shared is None:
+            over, keys = [], []
+            before: dict[str, int] = {}
+            leaves, op = 0, self.node.op
+            for name in sorted(self.tensors):
+                if name in self.holders:
+                    continue
+                ready = self.ready.get(name) or self.ready.setdefault(name, self._resolved(name))
+                if isinstance(ready, _Ready) and ready.op.over_model:
+                    over.append(ready.inputs)
+                    keys.append(ready.keys)
+                    before[name], op = leaves, ready.op
+                    leaves += -(-self.tensors[name].elements // LEAF)
+                    if len(ready.inputs) != len(over[0]):
+                        self.findings.gather(
+                            self.where(),
+                            f"`{op.name}` measures the whole model, and an input is left out at {{names}}",
+                            "Write `missing: base` or `mismatch: base` in place of `omit`.",
+                            name,
+                        )
+            self.shared = Measure(op, tuple(over), tuple(keys) if any(keys) else ()), before
+        return self.shared
+
+    def _resolved(self, name: str) -> _Ready | Expression:
+        """The op at a tensor with its inputs, or the expression that stands there where nothing is computed."""
         node, place, op = self.node, self.places[name], self.node.op
-        if node.only is not None and not matches(node.only, place):
+        if not self._acts(place, self.tensors[name]):
             if self.others is not None:
                 return self._from_others(name, self.others)
-            op = mean_like(op)
+            op = mean_like(op, based=self.base is not None)
         given = self._given(name, place, op)
         if given is None:
             return self._fallen()
@@ -252,7 +339,7 @@ class NodeTable(Table):
         if self.tensors[name].dtype.kind != "float":
             return self._unchanged(expressions, are_deltas, base)
         if len(kept) < op.fewest:
-            op = mean_like(op)
+            op = mean_like(op, based=self.base is not None)
         try:
             ready = self.make.resolved(op, place, kept, len(self.inputs))
         except RecipeError as error:
@@ -267,7 +354,7 @@ class NodeTable(Table):
             self._tell_quantised()
         if place.vocab and node.vocab != "ignore":
             self._check_tokens(name, kept, expressions, base)
-        if isinstance(op, DeltaOp):
+        if self._on_deltas(op):
             deltas = [
                 expression if is_delta else self._delta(name, index, expression)
                 for index, expression, is_delta in zip(kept, expressions, are_deltas, strict=True)
@@ -275,10 +362,25 @@ class NodeTable(Table):
             if None in deltas:
                 return self._fallen()
             expressions = [delta for delta in deltas if delta is not None]
-        made = self.make.apply(ready, tuple(expressions) if base is None else (base, *expressions))
-        if place.vocab and node.vocab == "ignore":
-            self.make.agreed[id(made)] = next(self.make.speakers(made))
-        return made
+        keys = self._keys(name, kept) if op.draws else ()
+        if op.may_base:
+            return _Ready(ready, tuple(expressions), keys, onto=base)
+        return _Ready(ready, tuple(expressions) if base is None else (base, *expressions), keys)
+
+    def _on_deltas(self, op: Op) -> bool:
+        """Whether an op is given what its inputs learnt since a base."""
+        return isinstance(op, DeltaOp) or (op.may_base and self.base is not None)
+
+    def _keys(self, name: str, kept: Sequence[int]) -> tuple[int, ...]:
+        """The keys of a random op's draws at a tensor: an edit elsewhere in the recipe changes none of them."""
+        node, recipe = self.node, self.planner.recipe
+        seed = (str(recipe.seed), node.name) if node.seed is None else (str(node.seed),)
+        models = [one.model for one in node.inputs]
+        keys = []
+        for index in kept:
+            stored = self.inputs[index].tensors.get(name, self.tensors[name])
+            keys.append(draw_key(seed, models[index], models[:index].count(models[index]), stored.name))
+        return tuple(keys)
 
     def _fallen(self) -> Expression:
         """Something to stand where a problem was noted, so that the others are found too; never part of a finished plan."""
@@ -322,8 +424,8 @@ class NodeTable(Table):
                     # The input is taken to be the base here: its delta is 0.
                     base = self.base.expression(name)
                     kept.append(index)
-                    expressions.append(self.make.difference(base, base) if isinstance(op, DeltaOp) else base)
-                    are_deltas.append(isinstance(op, DeltaOp))
+                    expressions.append(self.make.difference(base, base) if self._on_deltas(op) else base)
+                    are_deltas.append(self._on_deltas(op))
                     continue
                 sound = False
                 if policy == "base":

@@ -164,7 +164,7 @@ class OutputSection(_Section):
 def input_section(op_class: type[Op]) -> type[BaseModel]:
     """The grammar of one input of an op: the model, its own base, and the parameters an input may give for itself."""
     fields: dict[str, Any] = {"model": (Reference, Field())}
-    if op_class.needs_base:
+    if op_class.needs_base or op_class.may_base:
         fields["base"] = (
             Reference | None,
             Field(default=None, description="What this input's delta is taken from; default: the node's base."),
@@ -198,6 +198,13 @@ def node_section(op_class: type[Op]) -> type[BaseModel]:
         )
     if op_class.needs_base:
         fields["base"] = (Reference, Field(description="The model that the others were trained from."))
+    elif op_class.may_base:
+        fields["base"] = (
+            Reference | None,
+            Field(
+                default=None, description="The model that the others were trained from: then deltas are merged onto it."
+            ),
+        )
     settings = op_class.settings()
     for name, info in op_class.model_fields.items():
         if name in settings:

@@ -580,7 +580,7 @@ class _Parser:
         if only is not None and others is None:
             fix = "Say where the other tensors come from: `others: mean` or `others: {model: NAME}`."
             self.problem("`only` needs `others`", (*path, "only"), fix, key=True)
-        if others is not None and only is None:
+        if others is not None and only is None and not op_class.matrices_only:
             fix = "Say which tensors the op acts on by `only:`, or leave `others` out."
             self.problem("`others` needs `only`", (*path, "others"), fix, key=True)
         words = ("missing", "mismatch", "extra", "vocab", "seed")
