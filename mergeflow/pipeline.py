@@ -86,14 +86,15 @@ def open_models(recipe: Recipe) -> dict[str, Checkpoint]:
     models: dict[str, Checkpoint] = {}
     errors: list[MergeflowError] = []
     for name in needed_models(recipe):
-        source = recipe.models[name]
+        section = "models" if name in recipe.models else "artifacts"
+        source = recipe.models.get(name) or recipe.artifacts[name]
         try:
             folder = locate(
                 source.path, revision=source.revision, subfolder=source.subfolder, relative_to=recipe.folder
             )
             models[name] = open_checkpoint(folder, file=source.file)
         except MergeflowError as error:
-            errors.append(error.placed(recipe.where(("models", name))))
+            errors.append(error.placed(recipe.where((section, name))))
     raise_all(errors)
     return models
 
@@ -121,9 +122,10 @@ def plan(recipe: Recipe, *, out: str | Path | None = None) -> Plan:
         try:
             beside, lints = side_files(
                 output=output.key,
-                like=made.models[like],
+                # An artifact is no model: nothing may take it for one.
+                like=None if made.spaces[output.key] == "artifact" else made.models[like],
                 like_name=like,
-                tokenizer=made.models[tokenizer],
+                tokenizer=None if made.spaces[output.key] == "artifact" else made.models[tokenizer],
                 tokenizer_name=tokenizer,
                 inputs={name: checkpoint for name, checkpoint in made.models.items() if name in used},
                 dtypes=dtypes,
@@ -192,14 +194,12 @@ def _portable(recipe: Recipe, out: Path, key: str) -> str:
         relative = os.path.relpath(os.path.abspath(recipe.folder / path), here)
         return relative if relative.startswith("../") else f"./{relative}"
 
-    models: dict[str, Any] = {}
-    for name, given in recipe.resolved["models"].items():
-        path = recipe.models[name].path
-        if isinstance(given, dict):
-            models[name] = {**given, "path": seen(path)}
-        else:
-            models[name] = seen(path)
-    return dump_yaml({**recipe.resolved, "models": models})
+    sections: dict[str, dict[str, Any]] = {}
+    for section, sources in (("models", recipe.models), ("artifacts", recipe.artifacts)):
+        for name, given in recipe.resolved.get(section, {}).items():
+            path = seen(sources[name].path)
+            sections.setdefault(section, {})[name] = {**given, "path": path} if isinstance(given, dict) else path
+    return dump_yaml({**recipe.resolved, **sections})
 
 
 def run(

@@ -131,9 +131,9 @@ def size_text(count: float) -> str:
 
 def mermaid(recipe: Recipe) -> str:
     """The recipe's graph in mermaid's words: models, nodes and outputs, with an op's settings on its node."""
-    ids = {name: f"n{index}" for index, name in enumerate([*recipe.models, *recipe.nodes])}
+    ids = {name: f"n{index}" for index, name in enumerate([*recipe.models, *recipe.artifacts, *recipe.nodes])}
     lines = ["graph LR"]
-    for name, source in recipe.models.items():
+    for name, source in (*recipe.models.items(), *recipe.artifacts.items()):
         lines.append(f'  {ids[name]}[("{_label(name, source.path)}")]')
     for name, node in recipe.nodes.items():
         lines.append(f'  {ids[name]}["{_label(name, node.op.name, *_settings(node))}"]')

@@ -26,9 +26,11 @@ from pydantic_core import core_schema
 
 from mergeflow.errors import RecipeError
 from mergeflow.ops import Op, all_ops, op_named
+from mergeflow.ops.base import Space
 from mergeflow.recipe import (
     NAME,
     RECIPE_NAME,
+    ArtifactSource,
     ModelSource,
     OthersModel,
     OutputSection,
@@ -44,7 +46,7 @@ SIZE = r"^\s*\d+(\.\d+)?\s*([kKMGT]i?)?B\s*$"
 
 Schema = dict[str, Any]
 
-_GRAMMAR = ("op", "base", "model", "inputs", "rules")
+_GRAMMAR = ("op", "base", "model", "emr", "inputs", "rules")
 _REFS = "#/definitions/{model}"
 _SHARED_FROM = 3
 _WORTH_SHARING = 200
@@ -96,6 +98,12 @@ def recipe_schema(ops: Iterable[type[Op]] | None = None) -> Schema:
                 ]
             },
             "description": "The checkpoints, by the names that the recipe calls them.",
+        },
+        "artifacts": {
+            "type": ["object", "null"],
+            "propertyNames": {"pattern": NAME},
+            "additionalProperties": {"anyOf": [{"type": "string", "minLength": 1}, _ref("artifact")]},
+            "description": "What runs made that is no model, by the names that the recipe calls it.",
         },
         "nodes": {**nodes, "description": "The graph: each node is an op with its inputs, which are models or nodes."},
         "output": {**output, "description": "What is written; default: the one node that no other node uses."},
@@ -200,6 +208,7 @@ def _definitions(ops: Sequence[type[Op]]) -> dict[str, Schema]:
     """All sections by name, with references to each other."""
     names: dict[type[BaseModel], str] = {
         ModelSource: "model",
+        ArtifactSource: "artifact",
         OutputSection: "output",
         OthersModel: "others.model",
         SelectRule: "rule.select",
@@ -219,6 +228,7 @@ def _definitions(ops: Sequence[type[Op]]) -> dict[str, Schema]:
     for name in ("others.model", "rule.select", *(f"input.{op.name}" for op in ops if op.takes == "inputs")):
         _open_references(sections[name])
     _open_model(sections["model"])
+    _open_model(sections["artifact"])
     size = sections["output"]["properties"]["shard_size"]
     size.update({"type": ["integer", "string"], "pattern": f"{SIZE}|{VARIABLE}"})
     shared = _shared(sections)
@@ -232,7 +242,10 @@ def _definitions(ops: Sequence[type[Op]]) -> dict[str, Schema]:
         "required": ["op"],
         "oneOf": [_ref(f"node.{op.name}") for op in ops],
     }
-    ordered = {name: sections[name] for name in ("model", "output")} | {"node": node, "reference": reference}
+    ordered = {name: sections[name] for name in ("model", "artifact", "output")} | {
+        "node": node,
+        "reference": reference,
+    }
     for op in ops:
         ordered |= {name: sections[name] for name in (f"node.{op.name}", f"input.{op.name}") if name in sections}
     return ordered | dict(sorted((shared | {k: v for k, v in sections.items() if k not in ordered}).items()))
@@ -278,7 +291,7 @@ def _adapted(value: Any, called: Mapping[str, str]) -> Any:
 
 def _open_references(section: Schema) -> None:
     """Let a node stand in place where a section names a model."""
-    for key in ("model", "base"):
+    for key in ("model", "emr", "base"):
         own = section["properties"].get(key)
         if own is not None:
             section["properties"][key] = {"allOf": [_ref("reference")], "description": own["description"]}
@@ -297,7 +310,7 @@ def _open_node(op: type[Op], section: Schema) -> None:
     section["description"] = properties["op"]["description"] = "\n\n".join(lines)
     _open_references(section)
     name = {"type": "string", "minLength": 1, "description": "The name of a model or node."}
-    if op.takes != "model":
+    if op.takes in ("inputs", "rules"):
         key = op.takes
         items = {"anyOf": [name, properties[key]["items"], _ref("node")]}
         bounds = {"minItems": op.fewest, **({"maxItems": op.most} if op.most is not None else {})}
@@ -410,7 +423,8 @@ def example(op: type[Op]) -> str:
     """A small complete recipe with the op and each of its parameters."""
     count = min(max(op.fewest, 2), op.most or 2)
     names = ["first", "second", "third", *(f"model_{i}" for i in range(4, count + 1))][:count]
-    models = [*(["base"] if op.needs_base else []), *(["first", "second"] if op.takes == "rules" else names)]
+    pair = op.takes in ("rules", "emr")
+    models = [*(["base"] if op.needs_base else []), *(["first", "second"] if pair else names)]
     deltas = getattr(op, "deltas_only", False)
     items = [f"{{op: task_vector, base: base, model: {name}}}" if deltas else name for name in names]
     lines = [
@@ -419,6 +433,7 @@ def example(op: type[Op]) -> str:
         "models:",
         *(f"  {name}: ./{name}" for name in models),
         "nodes:",
+        *(["  kept: {op: emr, base: base, inputs: [first, second]}"] if op.takes == "emr" else []),
         "  merged:",
         f"    op: {op.name}",
     ]
@@ -426,6 +441,8 @@ def example(op: type[Op]) -> str:
         lines.append("    base: base")
     if op.takes == "model":
         lines.append(f"    model: {items[0]}")
+    elif op.takes == "emr":
+        lines.append("    emr: kept")
     elif op.takes == "rules":
         lines += ["    rules:", '      - {match: "*.self_attn.*", model: first}', "      - {model: second}"]
     else:
@@ -495,6 +512,8 @@ def _takes(op: type[Op]) -> str:
     """What a recipe gives the op to work on."""
     if op.takes == "model":
         words = "model: one model or node"
+    elif op.takes == "emr":
+        words = "emr: a node with `op: emr`, or an artifact"
     elif op.takes == "rules":
         words = "rules: a list of {match: ..., model: ...}, the last without match"
     else:
@@ -511,7 +530,8 @@ def _gives(op: type[Op]) -> str:
     """The space of the result for inputs of each space."""
     probe = op.model_construct()
     words = []
-    for given in ("weight", "delta"):
+    spaces: tuple[Space, ...] = ("artifact",) if op.takes == "emr" else ("weight", "delta")
+    for given in spaces:
         try:
             space = probe.space("weight" if op.needs_base else None, [given] * max(op.fewest, 1))
         except RecipeError:
@@ -563,6 +583,8 @@ def _sample(parameter: _Parameter) -> Any:
     if kind == "number":
         middle = (low + high) / 2 if low is not None and high is not None else None
         return (0.5 if low is None else low + 0.5) if middle is None else middle
+    if parameter.name == "task":
+        return "first"
     return {"integer": (low or 0) + 1, "boolean": True, "array": [], "object": {}}.get(kind, "text")
 
 

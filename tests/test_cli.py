@@ -47,6 +47,8 @@ nodes:
   back: {op: add, base: base, inputs: [half]}
   small: {op: cast, model: back, to: bfloat16}
   same: {op: passthrough, model: small}
+  kept: {op: emr, base: base, inputs: [a, b]}
+  own: {op: emr_apply, emr: kept, base: base, task: a}
   every:
     op: select
     rules:
@@ -54,6 +56,7 @@ nodes:
       - {match: "*.layers.1.*", model: between}
       - {match: "*.embed_tokens.*", model: sum}
       - {match: "*.norm.*", model: trimmed}
+      - {match: "@outside", model: own}
       - {model: same}
 """
 HEAVY = ("torch", "torch._C", "huggingface_hub", "tqdm", "numpy", "transformers")

@@ -328,7 +328,7 @@ def test_references_may_come_in_any_order(tmp_path: Path) -> None:
         ("{m: {op: linear, inputs: [a], only: x, others: {model: q}}}", "3:63: there is no model or node 'q'"),
         ("{m: {op: linear, inputs: [m]}}", "3:9: the nodes go in a circle: m -> m. A node cannot need itself."),
         ("{m: {op: linear, inputs: [n]}, n: {op: linear, inputs: [m]}}", "the nodes go in a circle: m -> n -> m"),
-        ("{a: {op: linear, inputs: [b]}}", "3:9: 'a' is a model already. Models and nodes share their names"),
+        ("{a: {op: linear, inputs: [b]}}", "3:9: 'a' is a model already. Models, artifacts and nodes share their names"),
         ("{1m: {op: linear, inputs: [b]}}", "'1m' cannot be a name"),
         ("{m: linear}", "3:12: a node is a mapping with an `op`"),
         ("{m: {inputs: [a]}}", "3:12: the node has no `op`. Write e.g. `op: linear`."),
@@ -460,7 +460,8 @@ def test_the_output_dtype_may_be_rules(tmp_path: Path) -> None:
         ("recipe: 1\nmodels: {a: ./a}\ndescription: [x]", "3:14: `description`"),
         ("recipe: 1\nmodels: {a: ./a}\ntokenizer: a", "`tokenizer` stands under `output:`"),
         ("recipe: 1\nmodels: {a: ./a}\nmodels: {a: ./a}", "3:1: the key 'models' is here twice"),
-        ("recipe: 1\nmodels: {a: ./a}\nartifacts: {g: x}", "`artifacts` cannot be used yet. Statistics"),
+        ("recipe: 1\nmodels: {a: ./a}\nartifacts: {a: ./x}", "'a' is a model already. Give the artifact another name."),
+        ("recipe: 1\nmodels: {a: ./a}\nartifacts: {g: {path: x, only: y}}", "unknown key 'only'"),
         ("recipe: 1\nmodels: {a: ./a}\ndata: {g: {path: x}}", "`data` cannot be used yet. Stages"),
         ("recipe: 1\nmodels: {a: ./a}\nexpect: {g: x}", "`expect` cannot be used yet"),
         ("recipe: 1\nmodels: {a: ./a}\nnodes: {g: {op: gram, model: a, data: q}}", "the op 'gram' cannot be used yet"),
@@ -475,7 +476,7 @@ def test_a_wrong_top_level_is_told_what_is_wrong(tmp_path: Path, text: str, what
 
 
 def test_what_cannot_be_used_yet_is_said_once(tmp_path: Path) -> None:
-    text = HEAD + "artifacts: {g: x}\nnodes: {m: {op: linear, inputs: [a, g]}}"
+    text = HEAD + "data: {g: {path: x}}\nnodes: {m: {op: linear, inputs: [a, g]}}"
     assert len(problems(tmp_path, text)) == 1
 
 

@@ -20,7 +20,7 @@ from mergeflow.document import dump_yaml, read_document
 from mergeflow.errors import MergeflowError, RecipeError
 from mergeflow.ops import OPS, Op
 from mergeflow.recipe import Recipe, load_recipe
-from mergeflow.schema import op_page, ops_table, recipe_schema, schema_text
+from mergeflow.schema import example, op_page, ops_table, recipe_schema, schema_text
 from mergeflow.settings import Count, Number, Setting, setting
 
 ROOT = Path(__file__).parent.parent
@@ -106,7 +106,13 @@ RIGHT: dict[str, dict[str, Any]] = {
         }
     ),
     "a name that reads as a number, and anchors": whole(name=1.5, seed=7, description="x", **{"x-any": [1, {"y": 2}]}),
+    "artifacts": whole(
+        {"op": "emr_apply", "emr": "kept", "base": "base", "task": "math"},
+        artifacts={"kept": {"path": "org/kept", "revision": 12, "subfolder": "x"}, "other": "./other"},
+    ),
 }
+for op in OPS:
+    RIGHT.setdefault(op.name, read_document(example(op).encode(), op.name).data)
 
 WRONG: dict[str, dict[str, Any]] = {
     "an unknown op": whole({"op": "tyes", "inputs": ["a"]}),

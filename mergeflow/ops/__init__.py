@@ -13,6 +13,7 @@ from mergeflow.errors import RecipeError, did_you_mean
 from mergeflow.ops.add import Add
 from mergeflow.ops.base import LEAF, Block, DeltaOp, Op, Reduction, measure
 from mergeflow.ops.cast import Cast
+from mergeflow.ops.emr import Emr, EmrApply
 from mergeflow.ops.linear import Linear
 from mergeflow.ops.passthrough import Passthrough
 from mergeflow.ops.scale import Scale
@@ -30,6 +31,8 @@ __all__ = [
     "Block",
     "Cast",
     "DeltaOp",
+    "Emr",
+    "EmrApply",
     "Linear",
     "Op",
     "Passthrough",
@@ -51,6 +54,8 @@ OPS: tuple[type[Op], ...] = (
     Slerp,
     TaskArithmetic,
     Ties,
+    Emr,
+    EmrApply,
     TaskVector,
     Add,
     Scale,

@@ -107,8 +107,8 @@ class Op(BaseModel, ABC):
     """What one output tensor is, in the notation of the papers."""
     paper: ClassVar[str | None] = None
     """Where it comes from, e.g. `arXiv:2306.01708`."""
-    takes: ClassVar[Literal["model", "inputs", "rules"]] = "inputs"
-    """How a recipe names what the op works on: one `model`, a list of `inputs`, or `rules` by tensor name."""
+    takes: ClassVar[Literal["model", "inputs", "rules", "emr"]] = "inputs"
+    """How a recipe names what the op works on: one `model`, a list of `inputs`, `rules` by tensor name, or an artifact."""
     fewest: ClassVar[int] = 1
     """The least number of inputs."""
     most: ClassVar[int | None] = None
@@ -119,6 +119,8 @@ class Op(BaseModel, ABC):
     """Whether a recipe may name a `base`: the op then works on the deltas, and what it gives is added to the base."""
     cut: ClassVar[Cut] = "element"
     """What can be computed alone: any stretch of elements, any rows, or only the whole tensor."""
+    has_parts: ClassVar[bool] = False
+    """Whether the result is several tensors for one of the inputs', each made by an op of its own."""
     draws: ClassVar[bool] = False
     """Whether the op draws random numbers (`Block.keys`)."""
     matrices_only: ClassVar[bool] = False
@@ -349,6 +351,8 @@ def _on_tensors(op: Op, *tensors: Tensor | Sequence[Tensor], seed: int) -> Tenso
     given = [tensor for item in tensors for tensor in ([item] if isinstance(item, torch.Tensor) else item)]
     if op.takes == "rules":
         raise RecipeError(f"{op.name} chooses tensors by name", fix="Use it in a recipe.")
+    if op.takes == "emr" or op.has_parts:
+        raise RecipeError(f"{op.name} has parts, and no tensor is all of them", fix="Use it in a recipe.")
     based = op.needs_base or (op.may_base and len(tensors) > 1 and isinstance(tensors[0], torch.Tensor))
     count = len(given) - based
     if count < op.fewest or (op.most is not None and count > op.most):

@@ -465,7 +465,7 @@ class _AtThreshold(Reduction):
                 columns.append(_leaves(delta.abs().eq_(one.at())).sum(1).double())  # counts, exact in any order
             if self.rescale in ("l1", "l2"):
                 kept = torch.hardshrink(delta, one.at() if one.divides else one.below())
-                columns += [_leaf_sums(_powers(each, self.rescale)) for each in (delta, kept)]
+                columns += [leaf_sums(_powers(each, self.rescale)) for each in (delta, kept)]
         return torch.stack(columns, dim=1)
 
     def merge(self, parts: Sequence[Tensor]) -> Tensor:
@@ -540,7 +540,7 @@ def _leaves(values: Tensor) -> Tensor:
     return values.view(-1, LEAF)
 
 
-def _leaf_sums(values: Tensor) -> Tensor:
+def leaf_sums(values: Tensor) -> Tensor:
     """The sum of each leaf, by halves, so that no processor's vector width changes a bit."""
     rows = _leaves(values)
     while rows.shape[1] > 1:

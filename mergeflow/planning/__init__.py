@@ -40,10 +40,10 @@ def make_plan(recipe: Recipe, models: Mapping[str, Checkpoint]) -> Plan:
 
 
 def needed_models(recipe: Recipe) -> list[str]:
-    """The models that the outputs ask for, in the recipe's order: inputs of nodes, `like` and `tokenizer`."""
+    """The models and artifacts that the outputs ask for, in the recipe's order: inputs of nodes, `like` and `tokenizer`."""
     outputs = recipe.outputs.values()
     wanted = references(recipe, [name for one in outputs for name in (one.node, one.like, one.tokenizer) if name])
-    return [name for name in recipe.models if name in wanted]
+    return [name for name in (*recipe.models, *recipe.artifacts) if name in wanted]
 
 
 def like_and_tokenizer(recipe: Recipe, output: Output) -> tuple[str, str]:

@@ -45,6 +45,12 @@ class Table(ABC):
     """The entry of `models:` that the names come from."""
     added: Collection[str] = ()
     """Names beyond those of the leaf, which `extra: keep` brought in."""
+    bits: Collection[str] = ()
+    """Names of tensors that hold truth values, eight to a byte."""
+    fixed: Collection[str] = ()
+    """Names of tensors whose dtype no output changes."""
+    metadata: Mapping[str, str] = {}
+    """What a file's header says of them beside their space."""
     quantised: str = ""
     """Why the numbers mean nothing by themselves, or an empty string."""
 
@@ -80,7 +86,8 @@ class ModelTable(Table):
     def _space(self, given: Space | None) -> Space:
         stored = self.checkpoint.metadata.get(SPACE_KEY)
         if stored not in (None, "weight", "delta"):
-            self.findings.add(InputError(f"the file's header says that it holds '{stored}'", where=self.where))
+            fix = "Name it under `artifacts:`." if stored == "artifact" else ""
+            self.findings.add(InputError(f"the file's header says that it holds '{stored}'", where=self.where, fix=fix))
             return "weight"
         if given and stored and given != stored:
             self.findings.add(

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, slots=True)
-class _Ready:
+class Ready:
     """An op at one tensor, resolved, with its inputs (the base first, if it takes one) and the keys of its draws.
 
     `onto` is the base that the result is added to, for an op that may do without one.
@@ -46,7 +46,7 @@ class NodeTable(Table):
         self.bases = [planner.table(one.base) if one.base else self.base for one in node.inputs]
         self.others = planner.table(node.others) if node.others else None
         self.made: dict[str, Expression] = {}
-        self.ready: dict[str, _Ready | Expression] = {}
+        self.ready: dict[str, Ready | Expression] = {}
         self.shared: tuple[Measure, dict[str, int]] | None = None
         self.holders: dict[str, Table] = {}
         """Tensors that are somebody else's as they are: of `select`, and of `extra: keep`."""
@@ -57,7 +57,7 @@ class NodeTable(Table):
         if node.op.takes == "rules":
             self._selected_names()
         else:
-            source = self.base or self.inputs[0]
+            source = self.base or self.inputs[0]  # of an artifact, the base is required
             self.leaf, self.added = source.leaf, source.added
             self.tensors, self.places = source.tensors, source.places
             self._extra_names()
@@ -80,7 +80,7 @@ class NodeTable(Table):
     def at_input(self, index: int) -> str:
         """The place of an input in the recipe."""
         takes = self.node.op.takes
-        return self.where(takes) if takes == "model" else self.where(takes, index)
+        return self.where(takes, index) if takes in ("inputs", "rules") else self.where(takes)
 
     # Spaces and names
 
@@ -279,10 +279,10 @@ class NodeTable(Table):
         if name in self.holders:
             return self.holders[name].expression(name)
         ready = self.ready.get(name) or self.ready.setdefault(name, self._resolved(name))
-        if not isinstance(ready, _Ready):
+        if not isinstance(ready, Ready):
             return ready
         if ready.op.over_model and self.make.measured(ready.op):
-            measure, before = self._measure()
+            measure, before = self.measure()
             made = Apply(ready.op, ready.inputs, measure, ready.keys, before[name])
         else:
             made = self.make.apply(ready.op, ready.inputs, ready.keys)
@@ -292,7 +292,11 @@ class NodeTable(Table):
             self.make.agreed[id(made)] = next(self.make.speakers(made))
         return made
 
-    def _measure(self) -> tuple[Measure, dict[str, int]]:
+    def readied(self, name: str) -> Ready | Expression:
+        """The op at a tensor with its inputs, or the expression that stands there where nothing is computed."""
+        return self.ready.get(name) or self.ready.setdefault(name, self._resolved(name))
+
+    def measure(self) -> tuple[Measure, dict[str, int]]:
         """The measure of an op over the model, and how many leaves stand before each tensor in it."""
         if self.shared is None:
             over, keys = [], []
@@ -301,8 +305,8 @@ class NodeTable(Table):
             for name in sorted(self.tensors):
                 if name in self.holders:
                     continue
-                ready = self.ready.get(name) or self.ready.setdefault(name, self._resolved(name))
-                if isinstance(ready, _Ready) and ready.op.over_model:
+                ready = self.readied(name)
+                if isinstance(ready, Ready) and ready.op.over_model:
                     over.append(ready.inputs)
                     keys.append(ready.keys)
                     before[name], op = leaves, ready.op
@@ -317,7 +321,7 @@ class NodeTable(Table):
             self.shared = Measure(op, tuple(over), tuple(keys) if any(keys) else ()), before
         return self.shared
 
-    def _resolved(self, name: str) -> _Ready | Expression:
+    def _resolved(self, name: str) -> Ready | Expression:
         """The op at a tensor with its inputs, or the expression that stands there where nothing is computed."""
         node, place, op = self.node, self.places[name], self.node.op
         if not self._acts(place, self.tensors[name]):
@@ -364,8 +368,8 @@ class NodeTable(Table):
             expressions = [delta for delta in deltas if delta is not None]
         keys = self._keys(name, kept) if op.draws else ()
         if op.may_base:
-            return _Ready(ready, tuple(expressions), keys, onto=base)
-        return _Ready(ready, tuple(expressions) if base is None else (base, *expressions), keys)
+            return Ready(ready, tuple(expressions), keys, onto=base)
+        return Ready(ready, tuple(expressions) if base is None else (base, *expressions), keys)
 
     def _on_deltas(self, op: Op) -> bool:
         """Whether an op is given what its inputs learnt since a base."""

@@ -15,6 +15,7 @@ from mergeflow.dtypes import BY_NAME, DType
 from mergeflow.errors import RecipeError, raise_all
 from mergeflow.graph import Apply, EqualTensors, Expression, Load, Plan, Row, Shard, SideFile
 from mergeflow.layout import Tensor, lay_out
+from mergeflow.planning.emr import EmrApplyTable, EmrArtifact, EmrTable
 from mergeflow.planning.expressions import FLOAT64, Expressions, loads
 from mergeflow.planning.findings import Findings, nearest, some
 from mergeflow.planning.models import SPACE_KEY, ModelTable, Table, packed, quantised, settle_ties
@@ -68,8 +69,13 @@ class Planner:
         self.rows: list[Row] = []
         self.shards: list[Shard] = []
         self.side_files: list[SideFile] = []
-        opened = [ModelTable(self, name, recipe.models[name], checkpoint) for name, checkpoint in models.items()]
+        opened = [
+            ModelTable(self, name, recipe.models[name], checkpoint)
+            for name, checkpoint in models.items()
+            if name in recipe.models
+        ]
         self.tables: dict[str, Table] = {table.name: table for table in opened}
+        self.tables |= {name: EmrArtifact(self, name, models[name]) for name in recipe.artifacts if name in models}
         settle_ties(opened, *self._tied(), references(recipe, [output.node for output in recipe.outputs.values()]))
 
     def _tied(self) -> tuple[str | None, str]:
@@ -89,7 +95,9 @@ class Planner:
         """The table of a model or node, made once."""
         found = self.tables.get(name)
         if found is None:
-            found = self.tables[name] = NodeTable(self, self.recipe.nodes[name])
+            node = self.recipe.nodes[name]
+            kind = {"emr": EmrTable, "emr_apply": EmrApplyTable}.get(node.op.name, NodeTable)
+            found = self.tables[name] = kind(self, node)
         return found
 
     def is_tied(self, model: str) -> bool:
@@ -177,7 +185,8 @@ class Planner:
         table = self.table(output.node)
         like = self.tables[output.like or default_like(self.recipe, output.node)]
         assert isinstance(like, ModelTable), "`like` is an entry of models"
-        self._check_like(output, table, like)
+        if table.space != "artifact":
+            self._check_like(output, table, like)
         self.check_setting(output.dtype, table.places, self.recipe.where((*output.path, "dtype")))
         tensors: list[Tensor] = []
         expressions: list[Expression] = []
@@ -185,14 +194,15 @@ class Planner:
             expression = table.expression(name)
             model = like.tensors.get(name)
             dtype = stored.dtype
-            if dtype.kind == "float":
+            if dtype.kind == "float" and name not in table.fixed:
                 dtype = self._dtype(output, table.places[name], expression) or (model or stored).dtype
             expressions.append(expression)
             tensors.append(Tensor(name, dtype, stored.shape, model.file if model else None))
-        metadata = {"format": "pt"} if table.space == "weight" else {"format": "pt", SPACE_KEY: table.space}
-        files, index = lay_out(
-            tensors, like_files=list(like.checkpoint.files), shard_size=output.shard_size, metadata=metadata
-        )
+        metadata = {"format": "pt", **table.metadata}
+        if table.space != "weight":
+            metadata[SPACE_KEY] = table.space
+        like_files = [] if table.space == "artifact" else list(like.checkpoint.files)
+        files, index = lay_out(tensors, like_files=like_files, shard_size=output.shard_size, metadata=metadata)
         home = {
             name: (shard, offset)
             for shard, file in enumerate(files, start=len(self.shards))
@@ -211,12 +221,14 @@ class Planner:
                 offset=home[tensor.name][1],
                 compute=FLOAT64 if self.expressions.is_wide(expression) else FLOAT32,
                 check_finite=output.non_finite == "error" and tensor.dtype.kind == "float",
+                bits=tensor.name in table.bits,
             )
             for tensor, expression in zip(tensors, expressions, strict=True)
         ]
         self.rows += rows
         self._check_quantised(output, rows, like)
-        self._check_tokenizer(output, table, like)
+        if table.space != "artifact":
+            self._check_tokenizer(output, table, like)
         if index is not None:
             self.side_files.append(SideFile(output.key, index[0], index[1]))
 

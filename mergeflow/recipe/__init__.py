@@ -15,6 +15,7 @@ from mergeflow.errors import RecipeError, did_you_mean
 from mergeflow.recipe.grammar import (
     NAME,
     RECIPE_NAME,
+    ArtifactSource,
     ModelSource,
     OthersModel,
     OutputSection,
@@ -28,6 +29,7 @@ from mergeflow.recipe.parser import Input, Node, Output, Parts, Written, parse, 
 __all__ = [
     "NAME",
     "RECIPE_NAME",
+    "ArtifactSource",
     "Input",
     "ModelSource",
     "Node",
@@ -56,6 +58,7 @@ class Recipe:
     description: str
     seed: int
     models: Mapping[str, ModelSource]
+    artifacts: Mapping[str, ArtifactSource]
     nodes: Mapping[str, Node]
     """All nodes by name, those written in place too (`parent.0`, `parent.base`)."""
     outputs: Mapping[str, Output]
@@ -72,7 +75,8 @@ class Recipe:
     def _set(self, document: Document, parts: Parts, folder: Path) -> None:
         self._document, self.folder = document, folder
         self.name, self.description, self.seed = parts.name, parts.description, parts.seed
-        self.models, self.nodes, self.outputs = parts.models, parts.nodes, parts.outputs
+        self.models, self.artifacts = parts.models, parts.artifacts
+        self.nodes, self.outputs = parts.nodes, parts.outputs
         self.resolved = parts.resolved
 
     def __repr__(self) -> str:

@@ -78,6 +78,18 @@ class ModelSource(_Section):
     )
 
 
+class ArtifactSource(_Section):
+    """What a run made that is no model: a folder, or a hub repository."""
+
+    path: Text = Field(min_length=1, description="A hub repository (owner/name), or a local path (./x, ../x, /x, ~/x).")
+    revision: Text | None = Field(default=None, description="A hub commit, tag or branch.")
+    subfolder: Text | None = Field(default=None, description="The folder in the repository that holds it.")
+
+    @property
+    def file(self) -> None:
+        """An artifact is read by its usual files."""
+
+
 class OthersModel(_Section):
     """The node or model that gives the tensors that `only` leaves out."""
 
@@ -185,6 +197,8 @@ def node_section(op_class: type[Op]) -> type[BaseModel]:
     fields: dict[str, Any] = {"op": (word, Field(description=_summary(op_class)))}
     if op_class.takes == "model":
         fields["model"] = (Reference, Field())
+    elif op_class.takes == "emr":
+        fields["emr"] = (Reference, Field(description="A node with `op: emr`, or an artifact that one made."))
     elif op_class.takes == "inputs":
         item: Any = input_section(op_class)
         fields["inputs"] = (
@@ -213,7 +227,7 @@ def node_section(op_class: type[Op]) -> type[BaseModel]:
             fields[name] = (setting_of(settings[name].kind), Field(default=default, description=info.description))
         else:
             fields[name] = (info.annotation, info)
-    base = _Section if op_class.takes == "rules" else _NodeSection
+    base = _Section if op_class.takes in ("rules", "emr") else _NodeSection
     return create_model(f"{op_class.__name__}Node", __base__=base, __doc__=_summary(op_class), **fields)
 
 

@@ -22,6 +22,7 @@ from mergeflow.ops import Op, op_named
 from mergeflow.recipe.grammar import (
     NAME,
     RECIPE_NAME,
+    ArtifactSource,
     ModelSource,
     OthersModel,
     OutputSection,
@@ -38,7 +39,6 @@ MOST_PROBLEMS = 100
 
 LATER = {
     "adapter": "LoRA adapters as models come with a later version of mergeflow.",
-    "artifacts": "Statistics and other artifacts come with a later version of mergeflow.",
     "data": "Stages, and the data they read, come with a later version of mergeflow.",
     "expect": "Checks on the result come with a later version of mergeflow.",
 }
@@ -66,7 +66,7 @@ MERGEKIT_WORDS = {
     "sources": "Write `inputs:` on the node.",
 }
 
-TOP = ("recipe", "name", "description", "seed", "vars", "models", "nodes", "output", "outputs")
+TOP = ("recipe", "name", "description", "seed", "vars", "models", "artifacts", "nodes", "output", "outputs")
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,6 +144,7 @@ class Parts:
     description: str
     seed: int
     models: Mapping[str, ModelSource]
+    artifacts: Mapping[str, ArtifactSource]
     nodes: Mapping[str, Node]
     outputs: Mapping[str, Output]
     resolved: Mapping[str, Any]
@@ -177,6 +178,7 @@ class _Parser:
         """Where a variable is missing: said once, and nothing more about the value that is not there."""
         self.pending: dict[str, tuple[dict[str, Any], Path]] = {}
         self.models: dict[str, ModelSource] = {}
+        self.artifacts: dict[str, ArtifactSource] = {}
         self.nodes: dict[str, Node] = {}
         self.later: set[str] = set()
         """Names in sections that cannot be used yet: references to them are no further problems."""
@@ -214,6 +216,7 @@ class _Parser:
         name = self.name(data)
         if data.get("models") or not self.errors:
             self.read_models(data.get("models"))
+        self.read_artifacts(data.get("artifacts") or {})
         self.read_nodes(data.get("nodes") or {})
         outputs = self.outputs(data)
         if self.errors:
@@ -224,6 +227,7 @@ class _Parser:
             description=data.get("description") or "",
             seed=data.get("seed") or 0,
             models=self.models,
+            artifacts=self.artifacts,
             nodes=self.nodes,
             outputs=outputs,
             resolved={"recipe": 1, "name": name, **_escaped(own)},
@@ -254,6 +258,7 @@ class _Parser:
         """A section of the wrong kind is a problem, and is left out."""
         for key, kind, words in (
             ("models", dict, "a mapping of names to checkpoints, e.g. {a: ./a}"),
+            ("artifacts", dict, "a mapping of names to folders, e.g. {merged: ./merged}"),
             ("nodes", dict, "a mapping of names to ops"),
             ("output", dict, "a mapping, e.g. {dtype: bfloat16}"),
             ("outputs", dict, "a mapping of names to outputs"),
@@ -399,6 +404,15 @@ class _Parser:
             # A model that cannot be read is there all the same: what refers to it is no further problem.
             self.models[name] = found or ModelSource(path=".")
 
+    def read_artifacts(self, data: Mapping[str, Any]) -> None:
+        for name, given in data.items():
+            path: Path = ("artifacts", name)
+            self.check_name(name, path)
+            if name in self.models:
+                self.problem(f"{_shown(name)} is a model already", path, "Give the artifact another name.", key=True)
+            found = self.checked(ArtifactSource, {"path": given} if isinstance(given, str) else given, path)
+            self.artifacts[name] = found or ArtifactSource(path=".")
+
     def check_rename(self, source: ModelSource, path: Path) -> None:
         for old, new in (source.rename or {}).items():
             if old.count("*") > 1 or new.count("*") != old.count("*") or not old or not new:
@@ -435,7 +449,7 @@ class _Parser:
         full, kind, last = (*path, *inner), detail["type"], detail["loc"][-1] if detail["loc"] else ""
         if kind == "extra_forbidden":
             key = str(inner[-1])
-            if op is not None and len(inner) == 1 and key in ("base", "model", "inputs", "rules"):
+            if op is not None and len(inner) == 1 and key in ("base", "model", "inputs", "rules", "emr"):
                 fix = "Leave it out." if key == "base" else f"It takes {_takes(op)}."
                 self.problem(f"`{op.name}` has no `{key}`", full, fix, key=True)
             else:
@@ -443,7 +457,7 @@ class _Parser:
         elif kind == "missing":
             if last == "path" and "adapter" in here:
                 return
-            places = {"model", "inputs", "rules"}
+            places = {"model", "inputs", "rules", "emr"}
             if op is not None and detail["loc"] == (last,) and last in places and places & data.keys():
                 return  # the key that stands in its place is answered
             about = model.model_fields[last].description if detail["loc"] == (last,) else None
@@ -460,11 +474,11 @@ class _Parser:
         for name, given in data.items():
             path: Path = ("nodes", name)
             self.check_name(name, path)
-            if name in self.models:
+            if name in self.models or name in self.artifacts:
                 self.problem(
-                    f"{_shown(name)} is a model already",
+                    f"{_shown(name)} is {'a model' if name in self.models else 'an artifact'} already",
                     path,
-                    "Models and nodes share their names: give the node another.",
+                    "Models, artifacts and nodes share their names: give the node another.",
                     key=True,
                 )
             elif not isinstance(given, dict):
@@ -478,9 +492,23 @@ class _Parser:
                 self.nodes[name] = node
         for node in self.nodes.values():
             for reference, at in self.references(node):
-                if reference not in self.pending and reference not in self.later:
+                if reference in self.pending or reference in self.later:
+                    continue
+                if at[-1] == "emr":
+                    self.check_artifact(reference, at)
+                elif reference in self.artifacts:
+                    fix = "Use it where an op takes an artifact, e.g. `{op: emr_apply, emr: ...}`."
+                    self.problem(f"{_shown(reference)} is an artifact, and no model or node", at, fix)
+                else:
                     self.check_known(reference, [*self.models, *self.pending], at, "model or node")
         self.check_cycles()
+
+    def check_artifact(self, name: str, at: Path) -> None:
+        if name in self.models:
+            self.problem(f"{_shown(name)} is a model, and no artifact", at, "Name its folder under `artifacts:`.")
+        elif name not in self.artifacts:
+            fix = _near(name, [*self.artifacts, *self.pending]) or "Name its folder under `artifacts:`."
+            self.problem(f"there is no artifact or node {_shown(name)}", at, fix)
 
     def check_known(self, name: str, known: Sequence[str], at: Path, what: str) -> None:
         if name in self.models or name in known or not self.models:
@@ -490,8 +518,9 @@ class _Parser:
 
     def references(self, node: Node) -> Iterator[tuple[str, Path]]:
         for index, one in enumerate(node.inputs):
-            at: Path = (*node.path, node.op.takes) if node.op.takes == "model" else (*node.path, node.op.takes, index)
-            yield one.model, at if node.op.takes == "model" else (*at, "model")
+            single = node.op.takes in ("model", "emr")
+            at: Path = (*node.path, node.op.takes) if single else (*node.path, node.op.takes, index)
+            yield one.model, at if single else (*at, "model")
             if one.base:
                 yield one.base, (*at, "base")
         if node.base:
@@ -524,7 +553,7 @@ class _Parser:
 
         node = dict(given)
         self.pending[name] = (node, path)
-        for key, part in (("model", "0"), ("base", "base")):
+        for key, part in (("model", "0"), ("emr", "0"), ("base", "base")):
             if key in node:
                 node[key] = placed(node[key], part, (*path, key))
         for key in ("inputs", "rules"):
@@ -557,7 +586,8 @@ class _Parser:
 
     def built(self, name: str, op_class: type[Op], section: Any, path: Path) -> Node | None:
         """The node of a section that fits its op's grammar."""
-        items = [section] if op_class.takes == "model" else getattr(section, op_class.takes)
+        single = op_class.takes in ("model", "emr")
+        items = [section] if single else getattr(section, op_class.takes)
         count = len(items)
         if count < op_class.fewest or (op_class.most is not None and count > op_class.most):
             wanted = op_class.fewest if op_class.fewest == op_class.most else f"at least {op_class.fewest}"
@@ -573,7 +603,7 @@ class _Parser:
                 "So every tensor has a model.",
             )
             return None
-        op = self.op(op_class, section, () if op_class.takes == "model" else items, path)
+        op = self.op(op_class, section, () if single else items, path)
         if op is None:
             return None
         only, others = getattr(section, "only", None), getattr(section, "others", None)
@@ -587,7 +617,13 @@ class _Parser:
         return Node(
             name=name,
             op=op,
-            inputs=tuple(Input(item.model, None if item is section else getattr(item, "base", None)) for item in items),
+            inputs=tuple(
+                Input(
+                    getattr(item, op_class.takes if single else "model"),
+                    None if single else getattr(item, "base", None),
+                )
+                for item in items
+            ),
             base=getattr(section, "base", None),
             rules=rules,
             only=only,
@@ -710,7 +746,7 @@ def _is_word(path: Path) -> bool:
     """Whether the value at a path is a word whatever it looks like, and may have variables inside."""
     if path == ("name",):
         return True
-    return path[0] == "models" and (
+    return path[0] in ("models", "artifacts") and (
         len(path) == 2 or (len(path) == 3 and path[2] in ("path", "revision", "subfolder", "file"))
     )
 
@@ -738,9 +774,12 @@ def _near(word: str, known: Iterable[str]) -> str:
 
 
 def _takes(op: type[Op]) -> str:
-    return {"model": "one `model:`", "inputs": "a list of `inputs:`", "rules": "`rules:`, each with a `model:`"}[
-        op.takes
-    ]
+    return {
+        "model": "one `model:`",
+        "emr": "`emr:`, a node or an artifact",
+        "inputs": "a list of `inputs:`",
+        "rules": "`rules:`, each with a `model:`",
+    }[op.takes]
 
 
 def _inside(location: Sequence[Any], data: Any) -> list[str | int]:
@@ -772,7 +811,7 @@ def _keys_at(model: Any, steps: Sequence[str | int], siblings: Iterable[str]) ->
                 return []
             like = {after, *siblings}
             model = max(found, key=lambda one: len(like & one.model_fields.keys()))
-    first = ("op", "base", "model", "inputs", "rules")
+    first = ("op", "base", "model", "emr", "inputs", "rules")
     return sorted(model.model_fields, key=lambda key: first.index(key) if key in first else len(first))
 
 
