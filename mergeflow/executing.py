@@ -120,6 +120,20 @@ class _Program:
         return "tensor" if "tensor" in parts else "row" if "row" in parts else "element"
 
     @property
+    def read_later(self) -> frozenset[int]:
+        """Positions of the leaves that only ops read which read for themselves."""
+        users: dict[int, list[Expression]] = {}
+        for step in self.steps:
+            for one in step.inputs:
+                users.setdefault(one, []).append(step.expression)
+        return frozenset(
+            one
+            for one, by in users.items()
+            if not isinstance(self.steps[one].expression, Apply)
+            and all(isinstance(user, Apply) and user.op.lazy for user in by)
+        )
+
+    @property
     def temporaries(self) -> int:
         """Blocks that are held beyond its values."""
         return max((op.temporaries for op in self.ops), default=_MADE)
@@ -669,11 +683,26 @@ def peak_memory(plan: Plan, memory: int, threads: int) -> int:
             block = min(block, block_of(values, row.compute.size, memory, threads))
         elif program.cut == "row":
             block = min(block, _rows_block(shape_of(row.expression)))
-        blocks = values * block * row.compute.size
+        blocks = (_made_on_the_way(program) if program.read_later else values) * block * row.compute.size
+        blocks += _needed(program)
         # In a tensor of one leaf a measure sees all there is at once, and holds no more than that.
         measure = program.measure_bytes if elements > LEAF else min(program.measure_bytes, 4 * blocks)
         worst = max(worst, blocks + measure)
     return worst * threads
+
+
+def _made_on_the_way(program: _Program) -> int:
+    """How many of a program's values ops make."""
+    return sum(isinstance(step.expression, Apply) for step in program.steps)
+
+
+def _needed(program: _Program) -> int:
+    """Bytes that ops which read for themselves say they hold at most."""
+    needed = 0
+    for step in program.steps:
+        if isinstance(step.expression, Apply) and step.expression.op.lazy:
+            needed = max(needed, step.expression.op.needed_bytes([shape_of(one) for one in step.expression.inputs]))
+    return needed
 
 
 def _kind(expression: Expression, seen: dict[int, int]) -> Any:
@@ -937,7 +966,8 @@ class _Engine:
             start, stop = start - start % block, min(stop + -stop % block, math.prod(program.shape))
         for step in program.steps:
             if isinstance(step.expression, Load):
-                self.files.prepare(step.expression, start, stop)
+                elements = step.expression.tensor.elements
+                self.files.prepare(step.expression, *((0, elements) if program.cut == "tensor" else (start, stop)))
             for load in step.expression.loads if isinstance(step.expression, Made) else ():
                 self.files.prepare(load, 0, load.tensor.elements)
 
@@ -960,22 +990,32 @@ class _Engine:
         """
         import torch
 
-        values: dict[int, Tensor] = {}
+        values: dict[int, Any] = {}
         # Integers, and a tensor that no op touches, are given as they are stored.
         as_stored = _exact(program) or len(program.steps) == 1
+        later = program.read_later
         for position, step in enumerate(program.steps):
             expression = step.expression
-            if isinstance(expression, Load):
-                stored = self.files.spread(expression) if sample else self.files.read(expression, start, stop)
+            # Where an op takes whole tensors they need not be of one size.
+            first, end = (0, math.prod(shape_of(expression))) if program.cut == "tensor" else (start, stop)
+            if position in later:
+                values[position] = _Later(self, expression)
+            elif isinstance(expression, Load):
+                stored = self.files.spread(expression) if sample else self.files.read(expression, first, end)
                 if raw is not None:
                     raw[position] = stored
-                wide = stored.dtype == torch.float64
-                compute = None if as_stored else torch.float64 if wide else torch.float32
-                values[position] = self.device.loaded(stored, compute)
+                values[position] = self.device.loaded(stored, None if as_stored else _computed_in(expression))
             elif isinstance(expression, Made):
-                spans = _spread_runs(math.prod(expression.shape)) if sample else [(start, stop)]
+                spans = _spread_runs(math.prod(expression.shape)) if sample else [(first, end)]
                 runs = [self._made(expression, *span) for span in spans]
                 values[position] = runs[0] if len(runs) == 1 else torch.cat(runs)
+            elif expression.op.lazy:
+                given = [
+                    one if isinstance(one, _Later) else _Here(one, shape_of(of))
+                    for one, of in zip((values[one] for one in step.inputs), expression.inputs, strict=True)
+                ]
+                at = Block(0, run.known(expression.measure), shape_of(expression), expression.keys, expression.before)
+                values[position] = expression.op.compute_lazily(given, at).reshape(-1)
             else:
                 inputs = [values[one] for one in step.inputs]
                 if not as_stored and len({one.dtype for one in inputs}) > 1:
@@ -985,24 +1025,30 @@ class _Engine:
                 at = Block(
                     start, run.known(expression.measure), shape_of(expression), expression.keys, expression.before
                 )
-                values[position] = _applied(expression.op, inputs, at)
+                values[position] = _applied(expression.op, inputs, at, [shape_of(one) for one in expression.inputs])
             for one in step.drops:
                 del values[one]
         return values
 
     def _made(self, expression: Made, start: int, stop: int) -> Tensor:
         """Elements of a tensor that its source makes."""
-        import torch
-
-        wide = any(load.tensor.dtype.name == "float64" for load in expression.loads)
         made = expression.source.make(
             lambda which, first, end: self.device.loaded(self.files.read(expression.loads[which], first, end), None),
             start,
             stop,
             expression.shape,
-            torch.float64 if wide else torch.float32,
+            _computed_in(expression),
         )
         return self.device.placed(made)
+
+    def rows(self, leaf: Load | Made, start: int, stop: int) -> Tensor:
+        """Elements [start, stop) of a leaf, flat, in its compute dtype, where blocks are computed."""
+        if isinstance(leaf, Made):
+            for load in leaf.loads:
+                self.files.prepare(load, 0, load.tensor.elements)
+            return self._made(leaf, start, stop)
+        self.files.prepare(leaf, start, stop)
+        return self.device.loaded(self.files.read(leaf, start, stop), _computed_in(leaf))
 
     def _write(self, run: _Run, index: int, report: Report) -> None:
         import torch
@@ -1013,7 +1059,8 @@ class _Engine:
         _, start, stop = run.spans[index]
         size, out = row.dtype.size, torch_dtype(row.dtype)
         owned = {id(load) for load in self.owned[run.row]}
-        hashed = {p: _Hashes() for p, s in enumerate(program.steps) if id(s.expression) in owned}
+        later = program.read_later
+        hashed = {p: _Hashes() for p, s in enumerate(program.steps) if id(s.expression) in owned and p not in later}
         digests = _Hashes()
 
         def into_bytes(place: int) -> int:
@@ -1046,7 +1093,7 @@ class _Engine:
             self.device.stored(result, into)
             clock = time.perf_counter()
             for position, hashes in hashed.items():
-                hashes.update(_bytes(raw[position][mine]))
+                hashes.update(_bytes(raw[position] if program.cut == "tensor" else raw[position][mine]))
             for piece in into:
                 digests.update(_bytes(piece))
             report.seconds["hash"] += time.perf_counter() - clock
@@ -1136,14 +1183,50 @@ def _compute_dtype(program: _Program) -> DType:
     return BY_NAME["float64" if wide else "float32"]
 
 
-def _applied(op: Op, inputs: Sequence[Tensor], block: Block) -> Tensor:
-    """An op on flat inputs, given to it as it wants them cut; the result is flat."""
+def _computed_in(leaf: Load | Made) -> torch.dtype:
+    """The dtype in which a leaf is computed with."""
+    import torch
+
+    return torch.float64 if any(load.tensor.dtype.name == "float64" for load in loads_of(leaf)) else torch.float32
+
+
+@dataclass(frozen=True, slots=True)
+class _Later:
+    """A leaf that an op reads when it wants it, by rows."""
+
+    engine: _Engine
+    leaf: Any
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return shape_of(self.leaf)
+
+    def rows(self, start: int, stop: int) -> Tensor:
+        shape = self.shape
+        length = math.prod(shape[1:])
+        return self.engine.rows(self.leaf, start * length, stop * length).reshape(stop - start, *shape[1:])
+
+
+@dataclass(frozen=True, slots=True)
+class _Here:
+    """A tensor that is at hand, for an op that reads by rows."""
+
+    tensor: Tensor
+    shape: tuple[int, ...]
+
+    def rows(self, start: int, stop: int) -> Tensor:
+        return self.tensor.reshape(self.shape)[start:stop]
+
+
+def _applied(op: Op, inputs: Sequence[Tensor], block: Block, shapes: Sequence[tuple[int, ...]]) -> Tensor:
+    """An op on flat inputs of these shapes, given to it as it wants them cut; the result is flat."""
     import torch
 
     if op.cut == "element" or not inputs:
         return op.compute(inputs, block).reshape(-1)
     if op.cut == "tensor":
-        return op.compute([cut_as(one, "tensor", block.shape) for one in inputs], block).reshape(-1)
+        whole = [cut_as(one, "tensor", shape) for one, shape in zip(inputs, shapes, strict=True)]
+        return op.compute(whole, block).reshape(-1)
     # Where something else in the row needs the whole tensor, rows are still cut as they are everywhere.
     size = _rows_block(block.shape)
     made = [
@@ -1171,7 +1254,9 @@ def _exact(program: _Program) -> bool:
 def _stored_bytes(program: _Program, elements: int) -> int:
     total = 0
     for step in program.steps:
-        if isinstance(step.expression, Load):
+        if program.cut == "tensor":
+            total += sum(load.tensor.nbytes for load in loads_of(step.expression))
+        elif isinstance(step.expression, Load):
             total += step.expression.tensor.dtype.size * elements
         elif isinstance(step.expression, Made):
             whole = sum(load.tensor.nbytes for load in step.expression.loads)

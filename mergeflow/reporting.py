@@ -133,8 +133,10 @@ def mermaid(recipe: Recipe) -> str:
     """The recipe's graph in mermaid's words: models, nodes and outputs, with an op's settings on its node."""
     ids = {name: f"n{index}" for index, name in enumerate([*recipe.models, *recipe.artifacts, *recipe.nodes])}
     lines = ["graph LR"]
-    for name, source in (*recipe.models.items(), *recipe.artifacts.items()):
-        lines.append(f'  {ids[name]}[("{_label(name, source.path)}")]')
+    sources = {name: one.path for name, one in recipe.models.items()}
+    sources |= {name: one.path for name, one in recipe.artifacts.items()}
+    for name, path in sources.items():
+        lines.append(f'  {ids[name]}[("{_label(name, path)}")]')
     for name, node in recipe.nodes.items():
         lines.append(f'  {ids[name]}["{_label(name, node.op.name, *_settings(node))}"]')
     for name, node in recipe.nodes.items():

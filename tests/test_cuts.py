@@ -197,6 +197,55 @@ class _Sum3(Op):
         return inputs[0] + inputs[1] + inputs[2]
 
 
+class Projected(Op):
+    """theta times a square matrix, which it reads by rows."""
+
+    name: ClassVar[str] = "projected"
+    formula: ClassVar[str] = "theta G"
+    cut: ClassVar[Any] = "tensor"
+    lazy: ClassVar[bool] = True
+
+    def compute(self, inputs: Sequence[Tensor], block: Block) -> Tensor:
+        raise AssertionError("it reads for itself")
+
+    def compute_lazily(self, inputs: Sequence[Any], block: Block) -> Tensor:
+        weight, gram = inputs
+        assert weight.shape == block.shape and gram.shape == (weight.shape[1],) * 2
+        rows, length = weight.shape
+        cuts = [(start, min(start + 7, length)) for start in range(0, length, 7)]
+        parts = [weight.rows(0, rows)[:, start:stop] @ gram.rows(start, stop) for start, stop in cuts]
+        return torch.stack(parts).sum(0)
+
+    def needed_bytes(self, shapes: Sequence[tuple[int, ...]]) -> int:
+        return 4 * sum(rows * columns for rows, columns in shapes)
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+@pytest.mark.usefixtures("small")
+def test_an_op_that_reads_for_itself_takes_inputs_of_other_shapes(options: dict[str, Any], tmp_path: Path) -> None:
+    tensors = {"w": noise(1, 50, 401), "v": noise(2, 50, 401), "gram": noise(3, 401, 401), "right": noise(4, 401)}
+    save(tmp_path / "a", tensors)
+
+    def rows(loads: Mapping[str, Load]) -> Mapping[str, Expression]:
+        outer = Made(Outer(), (loads["right"], loads["right"]), BY_NAME["float32"], (401, 401))
+        total = Apply(_Sum3(), (loads["w"], loads["w"], loads["v"]))
+        return {"w": Apply(Projected(), (total, loads["gram"])), "v": Apply(Projected(), (loads["v"], outer))}
+
+    planned = plan_by_hand(tmp_path / "a", rows)
+    sink = executed(planned, **options)
+    got = values(sink, planned)
+    right = (tensors["w"] * 2 + tensors["v"]).double() @ tensors["gram"].double()
+    assert torch.allclose(got["w"].double(), right, rtol=1e-4, atol=1e-3)
+    outer = tensors["right"][:, None].double() * tensors["right"][None].double()
+    assert torch.allclose(got["v"].double(), tensors["v"].double() @ outer, rtol=1e-4, atol=1e-3)
+    accounted = {key for _, inputs in sink.done.values() for key in inputs}
+    assert accounted == {"a/w", "a/v", "a/gram", "a/right"}
+    copied = executed(plan_by_hand(tmp_path / "a", lambda loads: dict(loads)))
+    digests = {key: digest for _, inputs in copied.done.values() for key, digest in inputs.items()}
+    assert all(digests[key] == digest for _, inputs in sink.done.values() for key, digest in inputs.items())
+    assert executing.peak_memory(planned, 2**30, 1) >= 4 * (50 * 401 + 401 * 401)
+
+
 class Positive(Op):
     """Which elements are above 0."""
 

@@ -24,7 +24,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, Self
 
 from pydantic import BaseModel, ConfigDict
 
@@ -96,6 +96,17 @@ def spread(tensor: Tensor) -> Tensor:
     return tensor[: step * SPREAD_RUNS].view(SPREAD_RUNS, step)[:, :SPREAD_RUN].reshape(-1)
 
 
+class ByRows(Protocol):
+    """A tensor that is read when it is wanted."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Its shape."""
+
+    def rows(self, start: int, stop: int) -> Tensor:
+        """Its rows [start, stop) of the first axis, in the compute dtype; not to be written into."""
+
+
 class Op(BaseModel, ABC):
     """An operation with its parameters set."""
 
@@ -119,6 +130,8 @@ class Op(BaseModel, ABC):
     """Whether a recipe may name a `base`: the op then works on the deltas, and what it gives is added to the base."""
     cut: ClassVar[Cut] = "element"
     """What can be computed alone: any stretch of elements, any rows, or only the whole tensor."""
+    lazy: ClassVar[bool] = False
+    """Whether an op on whole tensors reads them itself (`compute_lazily`), and says what it holds (`needed_bytes`)."""
     has_parts: ClassVar[bool] = False
     """Whether the result is several tensors for one of the inputs', each made by an op of its own."""
     draws: ClassVar[bool] = False
@@ -186,6 +199,14 @@ class Op(BaseModel, ABC):
 
         The result may be one of the inputs itself, where nothing is computed; inputs may not be written into.
         """
+
+    def compute_lazily(self, inputs: Sequence[ByRows], block: Block) -> Tensor:
+        """The mathematics of a `lazy` op: inputs of any shapes, the first of the result's, read by rows when they are wanted."""
+        raise TypeError(f"{self.name} takes tensors")
+
+    def needed_bytes(self, shapes: Sequence[tuple[int, ...]]) -> int:
+        """Bytes that a `lazy` op holds at most, its result included, for inputs of these shapes."""
+        return 0
 
     @classmethod
     def settings(cls) -> dict[str, SettingOf]:
