@@ -25,7 +25,7 @@ class Cart(SpectralOp):
     name = "cart"
     formula = "theta_0 + mu + s sum_i top_k(w_i tau_i - mu), mu = sum_i w_i tau_i / K"
     paper = "arXiv:2412.12153"
-    temporaries = 20
+    temporaries = 32
 
     weight: PerInput[Number] = setting(1.0, "Multiplies this delta first.")
     rank: Setting[Fraction] = setting(0.08, "Share of the singular directions that are kept of each difference.")

@@ -28,7 +28,7 @@ class IsoCts(SpectralOp):
     name = "iso_cts"
     formula = "theta_0 + s mean(S) polar(U) polar(V^T) over common and task directions"
     paper = "arXiv:2502.04959"
-    temporaries = 28
+    temporaries = 44
 
     weight: PerInput[Number] = setting(1.0, "Multiplies this delta first.")
     common: Setting[Unit] = setting(0.8, "Share of the directions that come from the sum of the deltas.")

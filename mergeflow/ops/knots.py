@@ -30,7 +30,7 @@ class Knots(SpectralOp):
     name = "knots"
     formula = "theta_0 + s U ties(S V_1^T, .., S V_K^T), U S [V_1^T .. V_K^T] = [tau_1 .. tau_K]"
     paper = "arXiv:2410.19735"
-    temporaries = 40
+    temporaries = 44
 
     weight: PerInput[Number] = setting(1.0, "Multiplies this aligned delta, before the vote.")
     density: PerInput[Fraction] = setting(1.0, "Part of this aligned delta's entries to keep, the largest first.")
@@ -44,12 +44,13 @@ class Knots(SpectralOp):
         import torch
 
         taus = Deltas(deltas, [1.0] * len(deltas))
-        joint = thin_svd(torch.cat(list(taus), dim=1), taus.rounding)
-        right = joint.s[:, None] * joint.vh
+        left, strengths, right = thin_svd(torch.cat(list(taus), dim=1), taus.rounding)
+        right.mul_(strengths[:, None])
         aligned = [part.reshape(-1) for part in right.tensor_split(len(taus), dim=1)]
+        del right
         ties = Ties.model_construct(
             weight=self.weight, density=self.density, normalize=self.normalize, rounding=self.rounding, vote=self.vote
         )
         measured = measure(ties, [aligned[0], *aligned])
         chosen = ties.combine(aligned, Block(measured=measured))
-        return scaled(joint.u @ chosen.view(len(joint.s), taus.shape[1]), number(self.scale), own=True)
+        return scaled(left @ chosen.view(len(strengths), taus.shape[1]), number(self.scale), own=True)

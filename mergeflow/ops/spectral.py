@@ -31,8 +31,10 @@ class Svd(NamedTuple):
     vh: Tensor
 
     def first(self, rank: int) -> Svd:
-        """The `rank` largest directions."""
-        return Svd(self.u[:, :rank], self.s[:rank], self.vh[:rank])
+        """The `rank` largest directions: copies, which do not hold on to the others."""
+        if rank >= len(self.s):
+            return self
+        return Svd(self.u[:, :rank].clone(), self.s[:rank].clone(), self.vh[:rank].clone())
 
     def matrix(self) -> Tensor:
         """The product."""

@@ -25,7 +25,7 @@ class Star(SpectralOp):
     name = "star"
     formula = "theta_0 + s sum_i w_i star(tau_i) / sum_i w_i"
     paper = "arXiv:2502.10339"
-    temporaries = 20
+    temporaries = 24
 
     weight: PerInput[Number] = setting(1.0, "Share of this delta.")
     eta: Setting[Fraction] = setting(0.4, "Share of a delta's nuclear norm that its kept directions have at least.")

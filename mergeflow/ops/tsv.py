@@ -29,7 +29,7 @@ class Tsv(SpectralOp):
     name = "tsv"
     formula = "theta_0 + s polar([U_1 .. U_K]) diag(S_1 .. S_K) polar([V_1^T; ..; V_K^T])"
     paper = "arXiv:2412.00081"
-    temporaries = 24
+    temporaries = 28
 
     weight: PerInput[Number] = setting(1.0, "Multiplies this delta before it is decomposed.")
     scale: Setting[Number] = setting(1.0, "Multiplies the merged delta before it is added to the base.")

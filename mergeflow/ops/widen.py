@@ -81,7 +81,7 @@ class _Scores(Reduction):
         import torch
 
         if len(block.shape) < 2:
-            return _Sums(torch.cat([delta.double().abs() for delta in inputs[1:]]), vector=True)
+            return _Sums(torch.stack([delta.double().abs().reshape(-1) for delta in inputs[1:]]), vector=True)
         axis = 1 if self.rows else 0
         base, *deltas = (tensor.double() for tensor in inputs)
         sums = [base.square().sum(axis)]
@@ -103,20 +103,20 @@ class _Scores(Reduction):
 
     def finish(self, total: _Sums) -> Tensor:
         if total.vector:
-            return self._scores(total.values, total.values.mean(1, keepdim=True))
+            means = total.values.mean(1, keepdim=True)
+            return self._scores(total.values, total.values > means * self.t)
         base, squares, products = total.values[:1], total.values[1::2], total.values[2::2]
         lengths = (squares.sqrt() - base.sqrt()).abs_()
         norms = (squares * base).sqrt_()
         cosines = (products / norms).masked_fill_(norms == 0, 0.0).masked_fill_((squares == 0) & (base == 0), 1.0)
-        count = max(lengths.shape[1], 1)
-        middle = (count - 1) / 2 / count  # not by a sum, whose rounding would decide on the column in the middle
-        return (self._scores(_ranks(lengths), middle) + self._scores(_ranks(1 - cosines), middle)) / 2
+        return (self._ranked(lengths) + self._ranked(1 - cosines)) / 2
 
-    def _scores(self, significance: Tensor, mean: Tensor | float) -> Tensor:
-        """The softmax over the models; `s` where above t times the mean of the model."""
-        return significance.softmax(0).masked_fill_(significance > mean * self.t, self.s)
+    def _ranked(self, values: Tensor) -> Tensor:
+        """The scores of values of which the place in their own row counts; the first among equals stands lower."""
+        places, count = values.argsort(dim=1, stable=True).argsort(dim=1), values.shape[1]
+        # Whole numbers are compared, lest rounding decide on a place at the mean.
+        return self._scores(places.double() / max(count, 1), places > self.t * (count - 1) / 2)
 
-
-def _ranks(values: Tensor) -> Tensor:
-    """The place of each value within its row, from 0 to (n - 1) / n; the first among equals stands lower."""
-    return values.argsort(dim=1, stable=True).argsort(dim=1).double() / max(values.shape[1], 1)
+    def _scores(self, significance: Tensor, important: Tensor) -> Tensor:
+        """The softmax over the models; `s` where important."""
+        return significance.softmax(0).masked_fill_(important, self.s)

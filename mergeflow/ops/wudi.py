@@ -29,7 +29,7 @@ class Wudi(SpectralOp):
     The delta is s m, where m makes sum_i |(m - tau_i) tau_i^T|^2 / |tau_i|^2 small (Frobenius norms), tau_i standing for
     w_i tau_i. `adam`, as published: `steps` steps of Adam (betas 0.9 and 0.999, epsilon 1e-8) from sum_i tau_i, in the compute
     dtype. `exact`: the minimum itself, (sum_i tau_i A_i) (sum_i A_i)^+ with A_i = tau_i^T tau_i / |tau_i|^2, the smallest where
-    there are many; eigenvalues up to n times float64's rounding of the largest count as 0. Matrices (m, n) in any float dtype.
+    there are many; directions in which the deltas are only rounding count as 0. Matrices (m, n) in any float dtype.
 
     A step costs one product of (m, n) with (n, n), since 2 (m sum_i A_i - sum_i tau_i A_i) is the gradient. Deltas of 0 disturb
     nothing, where published code divides by their norm. One input gives that input.
@@ -38,7 +38,7 @@ class Wudi(SpectralOp):
     name = "wudi"
     formula = "theta_0 + s argmin_m sum_i |(m - tau_i) tau_i^T|^2 / |tau_i|^2"
     paper = "arXiv:2503.08099"
-    temporaries = 32
+    temporaries = 40
 
     weight: PerInput[Number] = setting(1.0, "Multiplies this delta first.")
     steps: Setting[Count] = setting(300, "Steps of Adam.")
@@ -56,27 +56,32 @@ class Wudi(SpectralOp):
             return deltas[0].new_zeros(deltas[0].shape).double()
         taus = Deltas(*zip(*sound, strict=True))
         found = _exact(taus) if self.method == "exact" else _adam(taus, int(number(self.steps)), number(self.lr))
-        return scaled(found.double(), number(self.scale), own=True)
+        return scaled(found, number(self.scale), own=True)
 
 
 def _adam(taus: Deltas, steps: int, lr: float) -> Tensor:
-    """So many steps of Adam from the sum of the deltas."""
+    """So many steps of Adam from the sum of the deltas.
+
+    What moves is kept apart from where it began: the gradient at the sum is taken in float64, where it is 0 if it should be,
+    and only its change in the compute dtype. Adam divides by the gradient's size, and would follow rounding as it does a slope.
+    """
     import torch
 
-    gradient = _gradient(taus)
-    merged = taus.total().to(taus.tensors[0].dtype)
-    first, second = torch.zeros_like(merged), torch.zeros_like(merged)
+    start = taus.total()
+    gradient = _gradient(taus, start)
+    moved = torch.zeros_like(taus.tensors[0])
+    first, second = torch.zeros_like(moved), torch.zeros_like(moved)
     for step in range(1, steps + 1):
-        slope = gradient(merged)
+        slope = gradient(moved)
         first.mul_(_BETAS[0]).add_(slope * (1 - _BETAS[0]))
         second.mul_(_BETAS[1]).add_(slope.square_().mul_(1 - _BETAS[1]))
         root = second.sqrt().div_(math.sqrt(1 - _BETAS[1] ** step)).add_(_EPSILON)
-        merged.sub_(root.reciprocal_().mul_(first).mul_(lr / (1 - _BETAS[0] ** step)))
-    return merged
+        moved.sub_(root.reciprocal_().mul_(first).mul_(lr / (1 - _BETAS[0] ** step)))
+    return start.add_(moved)
 
 
-def _gradient(taus: Deltas) -> Callable[[Tensor], Tensor]:
-    """The function that gives the gradient of what is made small, in the compute dtype."""
+def _gradient(taus: Deltas, start: Tensor) -> Callable[[Tensor], Tensor]:
+    """The function of a move from the start that gives the gradient there, in the compute dtype."""
     import torch
 
     rows, columns = taus.shape
@@ -84,19 +89,22 @@ def _gradient(taus: Deltas) -> Callable[[Tensor], Tensor]:
     if columns > _WIDE * rows:
         shares = [2 / _square(delta) for delta in taus]
 
-        def from_deltas(merged: Tensor) -> Tensor:
-            total = torch.zeros_like(merged)
-            for delta, weight, share in zip(taus.tensors, taus.weights, shares, strict=True):
-                tau = scaled(delta, weight, own=False)
-                total.add_(((merged - tau) @ tau.mT).mul_(share) @ tau)
+        def from_deltas(moved: Tensor) -> Tensor:
+            total = torch.zeros_like(moved)
+            for delta, share in zip(taus, shares, strict=True):
+                tau, rest = delta.to(dtype), (start - delta).to(dtype).add_(moved)
+                total.add_((rest @ tau.mT).mul_(share) @ tau)
             return total
 
         return from_deltas
-    grams, products = (2 * one for one in _sums(taus))
-    grams, products = grams.to(dtype), products.to(dtype)
+    grams, products = _sums(taus)
+    grams.mul_(2)
+    begin = (start @ grams).sub_(products.mul_(2)).to(dtype)
+    curvature = grams.to(dtype)
 
-    def from_sums(merged: Tensor) -> Tensor:
-        return torch.sub(merged @ grams, products)
+    def from_sums(moved: Tensor) -> Tensor:
+        slope: Tensor = moved @ curvature
+        return slope.add_(begin)
 
     return from_sums
 
@@ -127,10 +135,10 @@ def _exact(taus: Deltas) -> Tensor:
         basis = torch.linalg.qr(torch.cat(list(taus)).mT).Q
     grams, products = _sums(taus, basis)
     values, vectors = torch.linalg.eigh(grams)
-    kept = values > torch.finfo(torch.float64).eps * len(values) * values[-1]
+    kept = values > max(torch.finfo(torch.float64).eps * len(values), taus.rounding**2) * values[-1]
     vectors, values = vectors[:, kept], values[kept]
     merged = ((products @ vectors) / values) @ vectors.mT
-    return merged if basis is None else merged @ basis.mT
+    return merged if basis is None else torch.matmul(merged, basis.mT)
 
 
 def _square(delta: Tensor) -> float:
