@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,7 +14,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
+from safetensors.torch import load_file
+from toys import write_model
 
+from mergeflow import load_recipe, run
 from mergeflow.errors import RecipeError
 from mergeflow.ops import (
     LEAF,
@@ -31,6 +36,7 @@ from mergeflow.ops import (
     Tsv,
     Widen,
     Wudi,
+    op_named,
 )
 from mergeflow.ops.base import spread
 from mergeflow.ops.spectral import SpectralOp, preconditioned_svd, thin_svd
@@ -731,3 +737,61 @@ def test_ties_is_what_knots_turns_into_where_there_is_nothing_to_align() -> None
     base, tensors = models((1, 40), 3, 1)
     got = merged(Knots(density=0.5), base, tensors)
     assert relative(got, merged(Ties(density=0.5), base, tensors)) < 1e-6
+
+
+# Through recipes and files.
+
+RUNS: list[tuple[str, dict[str, Any]]] = [
+    ("tsv", {}),
+    ("iso_c", {}),
+    ("iso_cts", {"common": 0.5}),
+    ("knots", {"density": 0.3}),
+    ("star", {}),
+    ("cart", {}),
+    ("wudi", {"steps": 4}),
+    ("wudi", {"method": "exact"}),
+    ("magmax", {}),
+    ("consensus", {}),
+    ("pcb", {"ratio": 0.3}),
+    ("widen", {}),
+    ("widen", {"side": "rows"}),
+]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """`base` and three fine-tunes of it, with a tensor of several segments and one of one axis."""
+    folder = tmp_path_factory.mktemp("models")
+    draw = np.random.default_rng(0)
+    forms = {"embed_tokens.weight": (40_000, 24), "layers.0.mlp.weight": (48, 64), "layers.0.mlp.bias": (700,)}
+    base = {name: draw.standard_normal(shape).astype(np.float32) / 50 for name, shape in forms.items()}
+    write_model(folder / "base", base)
+    for name in "abc":
+        moved = {key: value + draw.standard_normal(value.shape).astype(np.float32) / 500 for key, value in base.items()}
+        write_model(folder / name, moved)
+    return folder
+
+
+@pytest.mark.parametrize(("name", "parameters"), RUNS, ids=lambda value: value if isinstance(value, str) else "")
+def test_a_run_gives_what_the_op_gives_whatever_the_threads_and_the_memory(
+    name: str, parameters: dict[str, Any], folder: Path, tmp_path: Path
+) -> None:
+    node = {"op": name, "base": "base", "inputs": ["a", "b", "c"], **parameters}
+    models_ = {one: str(folder / one) for one in ("base", "a", "b", "c")}
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(json.dumps({"recipe": 1, "name": "merged", "models": models_, "nodes": {"merged": node}}))
+    made = []
+    for threads, memory in ((1, 2**31), (2, 2**31), (2, 2**28)):
+        out = tmp_path / f"{threads}-{memory}"
+        run(load_recipe(recipe), out, threads=threads, memory=memory)
+        made.append(load_file(out / "model.safetensors"))
+    for other in made[1:]:
+        assert all(same_bits(made[0][key], other[key]) for key in made[0])
+    stored = {one: load_file(folder / one / "model.safetensors") for one in models_}
+    op = op_named(name)(**parameters)
+    for key, tensor in made[0].items():
+        inputs = [stored[one][key] for one in "abc"]
+        want = (
+            sum(inputs[1:], inputs[0]) / 3 if op.matrices_only and tensor.ndim != 2 else op(stored["base"][key], inputs)
+        )
+        torch.testing.assert_close(tensor, want, rtol=0, atol=1e-7)

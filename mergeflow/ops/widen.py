@@ -49,7 +49,7 @@ class Widen(DeltaOp):
         """sum_i score_i tau_i"""
         import torch
 
-        scores: Tensor = block.measured[-1].to(deltas[0].dtype)
+        scores: Tensor = block.measured[-1].to(deltas[0])
         if self.side == "rows" and len(block.shape) > 1:
             first = block.start // max(deltas[0].shape[1], 1)
             scores = scores[:, first : first + len(deltas[0]), None]
