@@ -161,13 +161,14 @@ def reference_star(taus: Sequence[Array], eta: float, weights: Sequence[float]) 
     return np.asarray(total / sum(weights))
 
 
-def reference_cart(taus: Sequence[Array], rank: float, scale: float) -> Array:
-    mean = sum(taus[1:], taus[0]) / len(taus)
+def reference_cart(taus: Sequence[Array], weights: Sequence[float], rank: float, scale: float) -> Array:
+    shares = [weight / sum(weights) for weight in weights]
+    mean = np.asarray(sum(share * tau for share, tau in zip(shares, taus, strict=True)))
     kept = max(1, int(rank * min(mean.shape)))
     total = mean.copy()
-    for tau in taus:
+    for share, tau in zip(shares, taus, strict=True):
         u, s, vh = svd(tau - mean)
-        total += scale * (u[:, :kept] * s[:kept]) @ vh[:kept]
+        total += scale * len(taus) * share * (u[:, :kept] * s[:kept]) @ vh[:kept]
     return np.asarray(total)
 
 
@@ -321,7 +322,7 @@ def test_ops_on_singular_vectors_are_exact_to_float32(shape: tuple[int, int], co
     assert relative(merged(IsoCts(), base, tensors), reference_iso_cts(taus, 0.8)) < 1e-6
     assert relative(merged(Tsv(), base, tensors), reference_tsv(taus)) < 1e-6
     assert relative(merged(Star(), base, tensors), reference_star(taus, 0.4, [1] * count)) < 1e-6
-    assert relative(merged(Cart(), base, tensors), reference_cart(taus, 0.08, 1)) < 1e-6
+    assert relative(merged(Cart(), base, tensors), reference_cart(taus, [1] * count, 0.08, 1)) < 1e-6
     assert relative(merged(Knots(), base, tensors), reference_knots(taus, [1] * count, 1)) < 1e-6
     assert relative(merged(Wudi(), base, tensors), reference_wudi(taus, 300, 1e-5)) < 1e-5
     assert relative(merged(Wudi(method="exact"), base, tensors), reference_wudi_exact(taus)) < 1e-6
@@ -373,8 +374,9 @@ def test_cart_adds_the_strongest_differences_to_the_average(
     shape: tuple[int, int], count: int, seed: int, rank: float, scale: float
 ) -> None:
     base, tensors = models(shape, count, seed)
-    want = reference_cart(deltas_of(base, tensors), rank, scale)
-    assert relative(merged(Cart(rank=rank, scale=scale), base, tensors), want) < 1e-5
+    for weights in ([1.0] * count, [1.0, 0.5, 2.0, 0.25][:count]):
+        want = reference_cart(deltas_of(base, tensors), weights, rank, scale)
+        assert relative(merged(Cart(weight=weights, rank=rank, scale=scale), base, tensors), want) < 1e-5
 
 
 def test_cart_with_all_directions_is_the_average() -> None:
@@ -383,6 +385,8 @@ def test_cart_with_all_directions_is_the_average() -> None:
     assert relative(merged(Cart(rank=1.0), base, tensors), average) < 1e-6
     assert relative(merged(Cart(scale=0.0), base, tensors), average) < 1e-6
     assert relative(merged(Cart(), base, tensors), average) > 0.1
+    with pytest.raises(RecipeError, match="the weights sum to 0: 1, -1, 0"):
+        Cart(weight=[1.0, -1.0, 0.0])(base, tensors)
 
 
 @quick

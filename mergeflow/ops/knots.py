@@ -44,13 +44,17 @@ class Knots(SpectralOp):
         import torch
 
         taus = Deltas(deltas, [1.0] * len(deltas))
-        left, strengths, right = thin_svd(torch.cat(list(taus), dim=1), taus.rounding)
+        rows, columns = taus.shape
+        joint = torch.empty(rows, columns * len(taus), dtype=torch.float64, device=deltas[0].device)
+        for place, tau in zip(joint.tensor_split(len(taus), dim=1), taus, strict=True):
+            place.copy_(tau)
+        left, strengths, right = thin_svd(joint, taus.rounding)
         right.mul_(strengths[:, None])
         aligned = [part.reshape(-1) for part in right.tensor_split(len(taus), dim=1)]
-        del right
+        del joint, right
         ties = Ties.model_construct(
             weight=self.weight, density=self.density, normalize=self.normalize, rounding=self.rounding, vote=self.vote
         )
         measured = measure(ties, [aligned[0], *aligned])
         chosen = ties.combine(aligned, Block(measured=measured))
-        return scaled(left @ chosen.view(len(strengths), taus.shape[1]), number(self.scale), own=True)
+        return scaled(left @ chosen.view(len(strengths), columns), number(self.scale), own=True)
