@@ -12,38 +12,60 @@ from importlib.metadata import EntryPoint, entry_points
 from mergeflow.errors import RecipeError, did_you_mean
 from mergeflow.ops.add import Add
 from mergeflow.ops.base import LEAF, Block, DeltaOp, Op, Reduction, measure
+from mergeflow.ops.cart import Cart
 from mergeflow.ops.cast import Cast
+from mergeflow.ops.consensus import Consensus
 from mergeflow.ops.emr import Emr, EmrApply
+from mergeflow.ops.iso_c import IsoC
+from mergeflow.ops.iso_cts import IsoCts
+from mergeflow.ops.knots import Knots
 from mergeflow.ops.linear import Linear
+from mergeflow.ops.magmax import Magmax
 from mergeflow.ops.passthrough import Passthrough
+from mergeflow.ops.pcb import Pcb
 from mergeflow.ops.scale import Scale
 from mergeflow.ops.select import Select
 from mergeflow.ops.slerp import Slerp
+from mergeflow.ops.star import Star
 from mergeflow.ops.task_arithmetic import TaskArithmetic
 from mergeflow.ops.task_vector import TaskVector
 from mergeflow.ops.ties import Ties
+from mergeflow.ops.tsv import Tsv
 from mergeflow.ops.unchanged import Unchanged
+from mergeflow.ops.widen import Widen
+from mergeflow.ops.wudi import Wudi
 
 __all__ = [
     "LEAF",
     "OPS",
     "Add",
     "Block",
+    "Cart",
     "Cast",
+    "Consensus",
     "DeltaOp",
     "Emr",
     "EmrApply",
+    "IsoC",
+    "IsoCts",
+    "Knots",
     "Linear",
+    "Magmax",
     "Op",
     "Passthrough",
+    "Pcb",
     "Reduction",
     "Scale",
     "Select",
     "Slerp",
+    "Star",
     "TaskArithmetic",
     "TaskVector",
     "Ties",
+    "Tsv",
     "Unchanged",
+    "Widen",
+    "Wudi",
     "all_ops",
     "measure",
     "op_named",
@@ -56,6 +78,17 @@ OPS: tuple[type[Op], ...] = (
     Ties,
     Emr,
     EmrApply,
+    Magmax,
+    Consensus,
+    Pcb,
+    Widen,
+    Tsv,
+    IsoC,
+    IsoCts,
+    Knots,
+    Star,
+    Cart,
+    Wudi,
     TaskVector,
     Add,
     Scale,
