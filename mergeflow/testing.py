@@ -117,7 +117,7 @@ def _commutes(suite: Any, case: Case) -> bool:
 
 def _measured(suite: Any, case: Case) -> bool:
     first = _resolved(case).reduction(())
-    return suite.op.cut == "element" and first is not None and first.cut == "element"
+    return _cut(case) == "element" and first is not None and first.cut == "element"
 
 
 class OpConformance:
@@ -152,10 +152,6 @@ class OpConformance:
             cases = cls().cases()
         if "commutes" not in cls.__dict__:
             cls.commutes = cls.op.takes == "inputs" and cls.op.most is None and not cls.op.draws
-        if not cls.tolerance:
-            cls.tolerance = 1e-5 if cls.op.cut == "tensor" else 1e-6
-        if not cls.shape:
-            cls.shape = {"element": (3 * LEAF + 1234,), "row": (1501, 131), "tensor": (37, 23)}[cls.op.cut]
         for name in dir(cls):
             chosen = getattr(getattr(cls, name), "chosen", None)
             if chosen is not None and not any(chosen(cls, case) for case in cases):
@@ -192,11 +188,16 @@ class OpConformance:
     def test_its_traits_go_together(self) -> None:
         """Numbers of inputs, how it is cut, and what it gives."""
         op = self.op
-        assert op.cut in ("element", "row", "tensor"), op.cut
         assert op.takes != "model" or (op.fewest, op.most) == (1, 1), "an op of one model has one input"
         assert op.most is None or op.most >= op.fewest
         assert not (op.needs_base and op.may_base), "a base is needed or may be given, not both"
-        assert op.cut != "tensor" or not op.portable, "what sums over a whole tensor depends on the processor"
+
+    @property_of()
+    def test_it_says_how_it_can_be_cut(self, case: Case) -> None:
+        """Into stretches of elements, into rows, or not at all; and so may what it measures."""
+        cut = _cut(case)
+        assert cut in ("element", "row", "tensor"), cut
+        assert cut != "tensor" or not case.op.portable, "what sums over a whole tensor depends on the processor"
 
     def test_its_defaults_are_values_that_it_takes(self) -> None:
         """Defaults are not validated when an op is made, so that making one is quick."""
@@ -309,7 +310,7 @@ class OpConformance:
             [torch.float32, torch.float64, torch.bfloat16],
         ):
             each = [kinds[i % len(kinds)] for i in range(_count(case))]
-            tensors = [_values(self._little(), "normal", i, kind) for i, kind in enumerate(each)]
+            tensors = [_values(_LITTLE, "normal", i, kind) for i, kind in enumerate(each)]
             wide = torch.float64 if torch.float64 in each else torch.float32
             got, exact = _called(case, tensors), _called(case, [tensor.to(wide) for tensor in tensors])
             rounded = case.op.resolved(_at(case)).result_dtype()
@@ -323,7 +324,7 @@ class OpConformance:
         import torch
 
         for kind in (torch.float32, torch.float64):
-            tensors = [_values(self._little(), "normal", i, kind) for i in range(_count(case))]
+            tensors = [_values(_LITTLE, "normal", i, kind) for i in range(_count(case))]
             before = [tensor.clone() for tensor in tensors]
             _called(case, tensors).fill_(7)
             assert all(map(_same_bits, tensors, before)), (
@@ -331,7 +332,7 @@ class OpConformance:
             )
             given, _ = _given(case, tensors)
             copies = [tensor.clone() for tensor in given]
-            _in_blocks(case, given, self._little(), LEAF)
+            _in_blocks(case, given, _LITTLE, LEAF)
             assert all(map(_same_bits, given, copies)), "reduction or compute wrote into its inputs"
 
     @property_of()
@@ -340,7 +341,7 @@ class OpConformance:
         import numpy as np
         import torch
 
-        tensors = [_values(self._little(), "normal", i) for i in range(_count(case))]
+        tensors = [_values(_LITTLE, "normal", i) for i in range(_count(case))]
         torch.manual_seed(1)
         np.random.seed(1)
         first, state, numbers = _called(case, tensors), torch.get_rng_state(), np.random.random()
@@ -350,16 +351,17 @@ class OpConformance:
         np.random.seed(1)
         assert torch.equal(torch.get_rng_state(), state) and np.random.random() == numbers, "a global generator moved"
 
-    @property_of(lambda suite, case: suite.op.cut == "element")
+    @property_of(lambda suite, case: _cut(case) == "element")
     def test_the_cut_into_blocks_changes_no_bit(self, case: Case) -> None:
         """Blocks are any whole number of leaves: the budget of memory chooses."""
         import torch
 
+        shape = self._large(case)
         for kind, sizes in ((torch.float32, (1, 2, 3)), (torch.float64, (1,))):
-            given, _ = _given(case, [_values(self.shape, "normal", i, kind) for i in range(_count(case))])
-            whole = _in_blocks(case, given, self.shape, 2**40)
+            given, _ = _given(case, [_values(shape, "normal", i, kind) for i in range(_count(case))])
+            whole = _in_blocks(case, given, shape, 2**40)
             for leaves in sizes:
-                got = _in_blocks(case, given, self.shape, leaves * LEAF)
+                got = _in_blocks(case, given, shape, leaves * LEAF)
                 assert _same_bits(got, whole), f"blocks of {leaves} leaves give other bits ({_difference(got, whole)})"
             if not self.op.draws and not case.based:  # with a base there is more around the op
                 direct = _called(case, given)
@@ -368,29 +370,33 @@ class OpConformance:
     @property_of(_measured)
     def test_segments_that_are_measured_apart_change_no_bit(self, case: Case) -> None:
         """Threads measure segments, which are merged in order: merging is associative to the last bit."""
+        shape = self._large(case)
         for kind, group in (("normal", 2), ("grid", 3)):
-            given, _ = _given(case, [_values(self.shape, kind, i) for i in range(_count(case))])
-            whole = _in_blocks(case, given, self.shape, LEAF)
-            got = _in_blocks(case, given, self.shape, LEAF, group)
+            given, _ = _given(case, [_values(shape, kind, i) for i in range(_count(case))])
+            whole = _in_blocks(case, given, shape, LEAF)
+            got = _in_blocks(case, given, shape, LEAF, group)
             assert _same_bits(got, whole), f"segments of {group} leaves give other bits ({_difference(got, whole)})"
 
-    @property_of(lambda suite, case: suite.op.cut == "row")
+    @property_of(lambda suite, case: _cut(case) == "row")
     def test_rows_may_be_computed_apart(self, case: Case) -> None:
         """A block is whole rows, so no row may need another but through a measure."""
-        given, _ = _given(case, [_values(self.shape, "normal", i) for i in range(_count(case))])
-        whole = _in_blocks(case, given, self.shape, 2**40)
+        shape = self._large(case)
+        given, _ = _given(case, [_values(shape, "normal", i) for i in range(_count(case))])
+        whole = _in_blocks(case, given, shape, 2**40)
         for rows in (1, 100, 1000):
-            got = _in_blocks(case, given, self.shape, rows * self.shape[-1])
-            assert self._close(got, whole), f"blocks of {rows} rows give another result ({_difference(got, whole)})"
+            got = _in_blocks(case, given, shape, rows * shape[-1])
+            assert self._close(case, got, whole), (
+                f"blocks of {rows} rows give another result ({_difference(got, whole)})"
+            )
 
-    @property_of(lambda suite, case: suite.op.shows_non_finite)
+    @property_of(lambda suite, case: _resolved(case).shows_non_finite)
     def test_a_nan_or_inf_in_any_input_leaves_one_in_the_result(self, case: Case) -> None:
         """So that looking at the result is enough; an op that can hide one says `shows_non_finite = False`."""
         for which, bad, at in product(range(_count(case)), (math.nan, math.inf, -math.inf), (0, 5)):
-            tensors = [_values(self._little(), "normal", i) for i in range(_count(case))]
+            tensors = [_values(_LITTLE, "normal", i) for i in range(_count(case))]
             tensors[which].view(-1)[at] = bad
             given, origin = _given(case, tensors)
-            got = _in_blocks(case, given, self._little(), LEAF)
+            got = _in_blocks(case, given, _LITTLE, LEAF)
             assert not _finite(got if origin is None else got + origin), f"{bad} in tensor {which} leaves no trace"
 
     @property_of()
@@ -400,10 +406,10 @@ class OpConformance:
 
         for bad in (math.nan, math.inf):
             for which in range(_count(case)):
-                tensors = [_values(self._little(), "normal", i) for i in range(_count(case))]
+                tensors = [_values(_LITTLE, "normal", i) for i in range(_count(case))]
                 tensors[which].view(-1)[3] = bad
                 assert _called(case, tensors).shape == tensors[0].shape
-            assert _called(case, [torch.full(self._little(), bad)] * _count(case)).shape == self._little()
+            assert _called(case, [torch.full(_LITTLE, bad)] * _count(case)).shape == _LITTLE
 
     @property_of(
         lambda suite, case: (
@@ -437,9 +443,9 @@ class OpConformance:
         for which in range(case.inputs):
             weights = Each(float(i == which) for i in range(case.inputs))
             one = Case(case.op.model_copy(update={"weight": weights}), case.inputs, case.based)
-            tensors = [_values(self._little(), "normal", i) for i in range(_count(one))]
+            tensors = [_values(_LITTLE, "normal", i) for i in range(_count(one))]
             got, want = _called(one, tensors), tensors[which + case.based]
-            assert self._close(got, want, *tensors[: case.based]), f"{got} came of {want}"
+            assert self._close(one, got, want, *tensors[: case.based]), f"{got} came of {want}"
 
     @property_of(_commutes)
     def test_the_order_of_the_inputs_matters_to_rounding_only(self, case: Case) -> None:
@@ -447,7 +453,7 @@ class OpConformance:
         import torch
 
         def holds(order: Sequence[int], seed: int) -> None:
-            tensors = [_values(self._little(), "normal", seed + i) for i in range(_count(case))]
+            tensors = [_values(_LITTLE, "normal", seed + i) for i in range(_count(case))]
             before, inputs = tensors[: case.based], tensors[case.based :]
             each = {
                 name: Each(value[i] for i in order)
@@ -457,8 +463,8 @@ class OpConformance:
             other = Case(case.op.model_copy(update=each), case.inputs, case.based)
             first = _called(case, tensors)
             second = _called(other, [*before, *(inputs[i] for i in order)])
-            if self.op.cut == "tensor":
-                assert self._close(second, first, *tensors), f"in the order {order} it is {second}, not {first}"
+            if _cut(case) == "tensor":
+                assert self._close(case, second, first, *tensors), f"in the order {order} it is {second}, not {first}"
                 return
             terms = torch.stack([tensor.abs() for tensor in tensors]).sum(0)
             far = (first - second).abs() > 4 * _EPSILON * terms
@@ -474,7 +480,7 @@ class OpConformance:
         """Where nothing was learnt, nothing changes."""
         import torch
 
-        for kind, shape in product((torch.float32, torch.float64, torch.bfloat16), (self._little(), self._tiny())):
+        for kind, shape in product((torch.float32, torch.float64, torch.bfloat16), (_LITTLE, _ONE)):
             base = _values(shape, "normal", 1, kind)
             one = torch.zeros_like(base) if _deltas_only(case) else base
             got = _called(case, [base, *(one.clone() for _ in range(case.inputs))])
@@ -483,7 +489,7 @@ class OpConformance:
     @property_of(lambda suite, case: suite.op.draws)
     def test_what_is_drawn_depends_on_the_seed_and_on_the_place_alone(self, case: Case) -> None:
         """The same seed, the same numbers; an element's number does not change with the block that it is drawn in."""
-        tensors = [_values(self.shape, "normal", i) for i in range(_count(case))]
+        tensors = [_values(self._large(case), "normal", i) for i in range(_count(case))]
         first = _called(case, tensors, seed=1)
         assert _same_bits(first, _called(case, tensors, seed=1))
         if not _all_default(case.op):
@@ -501,7 +507,8 @@ class OpConformance:
         from mergeflow import pipeline
 
         names = ["base", *(f"model_{i}" for i in range(case.inputs))]
-        matrix = self.shape if len(self.shape) > 1 else (self.shape[0] // 263 + 1, 263)
+        large = self._large(case)
+        matrix = large if len(large) > 1 else (large[0] // 263 + 1, 263)
         shapes = {"layers.0.w": matrix, "layers.1.w": (7, 5), "norm": (11,), "one": (), "none": (0, 3)}
         models = {
             name: {key: _values(shape, "normal", 10 * i + j) for j, (key, shape) in enumerate(shapes.items())}
@@ -538,7 +545,7 @@ class OpConformance:
             if _deltas_only(case):
                 given = [given[0], *(tensor - given[0] for tensor in given[1:])]
             got, want = first[key], _called(case, given)
-            same = _same_bits(got, want) if self.op.cut == "element" else self._close(got, want)
+            same = _same_bits(got, want) if _cut(case) == "element" else self._close(case, got, want)
             assert same, f"{key}: a run gives {got}, the op on plain tensors {want}"
 
     # Beside the properties
@@ -563,27 +570,25 @@ class OpConformance:
         )
         settings(hypothesis.given(**strategies)(holds))()
 
-    def _little(self) -> tuple[int, ...]:
-        """A shape with room for what an op does, and no more."""
-        return (12, 25) if self.op.cut != "element" or self.op.matrices_only else (300,)
+    def _large(self, case: Case) -> tuple[int, ...]:
+        """The shape of a tensor that is cut into blocks."""
+        return self.shape or {"element": (3 * LEAF + 1234,), "row": (1501, 131), "tensor": (37, 23)}[_cut(case)]
 
-    def _tiny(self) -> tuple[int, ...]:
-        return (2, 3) if self.op.matrices_only else (1,)
-
-    def _close(self, got: Tensor, want: Tensor, *terms: Tensor) -> bool:
+    def _close(self, case: Case, got: Tensor, want: Tensor, *terms: Tensor) -> bool:
         """Whether two results differ by rounding only; `terms` are what was subtracted and added on the way."""
         import torch
 
+        tolerance = self.tolerance or (1e-5 if _cut(case) == "tensor" else 1e-6)
         size = torch.linalg.vector_norm(torch.stack([one.double() for one in (want, *terms)]))
-        return bool(torch.linalg.vector_norm(got.double() - want.double()) <= self.tolerance * size)
+        return bool(torch.linalg.vector_norm(got.double() - want.double()) <= tolerance * size)
 
     def _gives_back(self, case: Case) -> None:
         for seed in range(3):
-            base, one = _values(self._little(), "normal", seed), _values(self._little(), "normal", seed + 100)
+            base, one = _values(_LITTLE, "normal", seed), _values(_LITTLE, "normal", seed + 100)
             given = one - base if _deltas_only(case) else one
             got = _called(case, [*([base] if case.based else []), *(given.clone() for _ in range(case.inputs))])
             exact = _resolved(case).only_input(case.inputs) is not None and not case.based
-            same = _same_bits(got, one) if exact else self._close(got, one, *([base] if case.based else []))
+            same = _same_bits(got, one) if exact else self._close(case, got, one, *([base] if case.based else []))
             assert same, f"{case.inputs} inputs give {got}, and each is {one}"
 
 
@@ -646,6 +651,11 @@ def _resolved(case: Case) -> Op:
     return case.op.resolved(_at(case))
 
 
+def _cut(case: Case) -> str:
+    """How the op with these parameters can be cut."""
+    return _resolved(case).cut
+
+
 def _deltas_only(case: Case) -> bool:
     return isinstance(case.op, DeltaOp) and case.op.deltas_only
 
@@ -694,6 +704,7 @@ def _recipe(
 
 # Tensors
 
+_LITTLE, _ONE = (12, 25), (1, 1)
 _KINDS = ("normal", "grid", "sparse", "equal", "tiny", "zero", "ones")
 
 
@@ -789,7 +800,7 @@ def _in_blocks(case: Case, given: Sequence[Tensor], shape: tuple[int, ...], elem
             known = (*known, reduction.finish(_merged(reduction, segments)))
         made = [
             ready.compute(block, Block(start, known, shape, keys)).reshape(-1)
-            for start, block in _blocks(given, case.op.cut, shape, elements)
+            for start, block in _blocks(given, ready.cut, shape, elements)
         ]
     return torch.cat(made).reshape(shape)
 

@@ -322,4 +322,4 @@ def test_the_cases_of_an_op_reach_its_choices_and_the_inside_of_its_ranges() -> 
     assert {"of 2 and a base", "of 1 and a base", "density=0.4 of 2 and a base"} <= set(told)
     assert "density=0.4 rescale=l2 of 2 and a base" in told and "density=0.4 normalize=False of 2 and a base" in told
     assert all(isinstance(case, Case) and case.based for case in cases_of(ties))
-    assert suite_of(ties).shape[0] > LEAF
+    assert suite_of(ties)()._large(cases_of(ties)[0])[0] > LEAF
