@@ -115,6 +115,10 @@ def _commutes(suite: Any, case: Case) -> bool:
     return bool(suite.commutes) and case.inputs > 1
 
 
+def _averages(suite: Any, case: Case) -> bool:
+    return bool(suite.averages and _all_default(case.op)) if case.averages is None else case.averages
+
+
 def _measured(suite: Any, case: Case) -> bool:
     first = _resolved(case).reduction(())
     return _cut(case) == "element" and first is not None and first.cut == "element"
@@ -415,6 +419,7 @@ class OpConformance:
         lambda suite, case: (
             suite.op.takes == "inputs"
             and suite.op.fewest == 1
+            and case.inputs == suite().cases()[0].inputs
             and (case.alone if case.alone is not None else suite.alone and _all_default(case.op))
         )
     )
@@ -422,9 +427,7 @@ class OpConformance:
         """Bit for bit where the op says that nothing is computed, else to rounding."""
         self._gives_back(Case(case.op, 1, case.based))
 
-    @property_of(
-        lambda suite, case: case.averages if case.averages is not None else suite.averages and _all_default(case.op)
-    )
+    @property_of(lambda suite, case: _averages(suite, case) and case.inputs == suite().cases()[0].inputs)
     def test_equal_inputs_give_that_input(self, case: Case) -> None:
         """However many they are."""
         for count in range(self.op.fewest, (self.op.most or 5) + 1):
@@ -435,7 +438,7 @@ class OpConformance:
             "weight" in suite.op.settings()
             and suite.op.settings()["weight"].per_input
             and case.inputs > 1
-            and (case.averages if case.averages is not None else suite.averages and _all_default(case.op))
+            and _averages(suite, case)
         )
     )
     def test_weight_one_on_one_input_and_none_on_the_others_gives_it(self, case: Case) -> None:
