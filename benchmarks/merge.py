@@ -501,6 +501,11 @@ CASES = {
     "pcb": on_deltas("pcb", theirs=None, ratio=0.2),
     "widen": on_deltas("widen", theirs=None),
     "evolve_cross": Case(AB, {"op": "evolve_cross", "inputs": list(AB)}),
+    "emr": on_deltas("emr", theirs=None),
+    "emr_apply": Case(
+        BASE_AB,
+        {"op": "emr_apply", "base": "base", "emr": {"op": "emr", "base": "base", "inputs": list(AB)}, "task": "a"},
+    ),
     "tsv": on_matrices("tsv"),
     "iso_c": on_matrices("iso_c"),
     "iso_cts": on_matrices("iso_cts"),

@@ -26,7 +26,29 @@ from mergeflow.testing import Case, OpConformance, cases_of
 DECLARED: dict[str, dict[str, Any]] = {
     "linear": {"averages": True},
     "slerp": {"averages": True},
+    "nuslerp": {"averages": True, "commutes": True},
+    "multislerp": {"averages": True},
+    "karcher": {"averages": True},
     "ties": {"averages": True},
+    "breadcrumbs": {"alone": False},  # drops the largest even at density 1
+    "breadcrumbs_ties": {"alone": False},
+    "della": {"averages": True},
+    "sce": {"averages": True},
+    "ram": {"averages": True},
+    "ramplus": {"averages": True},
+    "model_stock": {"averages": True},
+    "nearswap": {"averages": True},
+    "arcee_fusion": {"alone": False},
+    "magmax": {"averages": True},
+    "pcb": {"alone": False},
+    "iso_c": {"alone": False},
+    "iso_cts": {"alone": False},
+    "knots": {"averages": True},
+    "star": {"alone": False},
+    # Around the average, which weights do not move.
+    "cart": {"averages": True, "test_weight_one_on_one_input_and_none_on_the_others_gives_it": None},
+    "wudi": {"alone": False},  # Adam starts at the minimum and makes steps of what rounding leaves of the gradient
+    "evolve_cross": {"averages": True},
 }
 """What the classes of ops do not say of themselves, by op (see `OpConformance`)."""
 
