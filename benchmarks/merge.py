@@ -3,6 +3,9 @@
     python benchmarks/merge.py --mergekit ENVIRONMENT/bin/mergekit-yaml --pairs 5 --markdown table.md
     python benchmarks/merge.py --size small --cases linear,ties --pairs 1          (a quick trial)
 
+There is a case for every op, and mergekit takes part where it has the method. Ops that decompose whole matrices run at one
+layer's attention only, since their time grows with the third power of a matrix's side; the table says so.
+
 Models are made once in the work folder and kept: a base of normal numbers, and fine-tunes that are the base plus small
 noise, rounded to bfloat16, so that many of their changes are exactly zero or equal in size, as in real fine-tunes. Each
 run is a fresh process after the inputs have been read once and everything dirty is on disk; the tools take turns, in
@@ -356,13 +359,25 @@ def floors(folders: Sequence[Path], nbytes: int, work: Path, pairs: int) -> dict
 
 @dataclass(frozen=True)
 class Case:
-    """A merge that both tools can do: the models it reads, its node in our recipe, and mergekit's configuration."""
+    """A merge: the models it reads, its node in our recipe, and mergekit's configuration where it has the method.
+
+    A node or a configuration that depends on the number of layers is a function of the shape.
+    """
 
     models: tuple[str, ...]
-    node: dict[str, Any]
-    mergekit: dict[str, Any]
+    node: dict[str, Any] | Callable[[Shape], dict[str, Any]]
+    mergekit: dict[str, Any] | Callable[[Shape], dict[str, Any]] | None = None
     shape: str = ""  # default: the size of the command line
     floor: bool = False
+    about: str = ""  # what is not as it seems
+
+    def node_of(self, shape: Shape) -> dict[str, Any]:
+        """The node for models of a shape."""
+        return self.node(shape) if callable(self.node) else self.node
+
+    def mergekit_of(self, shape: Shape) -> dict[str, Any] | None:
+        """mergekit's configuration for models of a shape; None where it has no such method."""
+        return self.mergekit(shape) if callable(self.mergekit) else self.mergekit
 
 
 def of(models: Sequence[str], **parameters: Any) -> list[dict[str, Any]]:
@@ -372,31 +387,132 @@ def of(models: Sequence[str], **parameters: Any) -> list[dict[str, Any]]:
 
 AB = ("a", "b")
 BASE_AB = ("base", "a", "b")
+PART = "model.layers.0.self_attn.*"
 LINEAR_NODE = {"op": "linear", "inputs": [{"model": "a", "weight": 0.5}, {"model": "b", "weight": 0.5}]}
-TIES_NODE = {"op": "ties", "base": "base", "inputs": list(AB), "weight": 0.5, "density": 0.2, "normalize": True}
+
+
+def on_deltas(
+    op: str,
+    models: Sequence[str] = AB,
+    *,
+    theirs: str | None = "",
+    each: Mapping[str, Any] | None = None,
+    shared: Mapping[str, Any] | None = None,
+    there: Mapping[str, Any] | None = None,
+    **more: Any,
+) -> Case:
+    """An op on a base and what models learnt since.
+
+    `each` are parameters of each model and `shared` those of the whole, the same in both tools but for `there`, which mergekit
+    is given instead of `shared`. `theirs` is mergekit's name for the method, as ours by default, None where it has none.
+    """
+    node = {"op": op, "base": "base", "inputs": list(models), **(each or {}), **(shared or {}), **more}
+    if theirs is None:
+        return Case(("base", *models), node)
+    whole = shared if there is None else there
+    mergekit = {"merge_method": theirs or op, "base_model": "base", "models": of(models, **(each or {}))}
+    return Case(("base", *models), node, {**mergekit, **({"parameters": dict(whole)} if whole else {})})
+
+
+def on_matrices(op: str, **parameters: Any) -> Case:
+    """An op that decomposes whole matrices, at the attention of one layer; all else is the mean."""
+    node = {"op": op, "base": "base", "inputs": list(AB), "only": PART, "others": "mean", **parameters}
+    return Case(BASE_AB, node, about=f"only at {PART}, the mean elsewhere")
+
+
+def stacked(shape: Shape) -> dict[str, Any]:
+    """All layers of one model, then the upper half of another."""
+    last = shape.layers - 1
+    return {
+        "op": "stack",
+        "layers": [{"model": "a", "take": f"0-{last}"}, {"model": "b", "take": f"{shape.layers // 2}-{last}"}],
+    }
+
+
+def stacked_there(shape: Shape) -> dict[str, Any]:
+    """The same in mergekit's slices, whose ends are not included."""
+    ranges = [("a", [0, shape.layers]), ("b", [shape.layers // 2, shape.layers])]
+    slices = [{"sources": [{"model": model, "layer_range": span}]} for model, span in ranges]
+    return {"merge_method": "passthrough", "slices": slices}
+
+
+def task_vector(model: str) -> dict[str, Any]:
+    """What a model learnt, as a node in place."""
+    return {"op": "task_vector", "base": "base", "model": model}
+
+
+SPARSE = {"weight": 0.5, "density": 0.2}
 CASES = {
     "linear": Case(AB, LINEAR_NODE, {"merge_method": "linear", "models": of(AB, weight=0.5)}, floor=True),
-    "ties": Case(
-        BASE_AB,
-        TIES_NODE,
-        {
-            "merge_method": "ties",
-            "base_model": "base",
-            "models": of(AB, weight=0.5, density=0.2),
-            "parameters": {"normalize": True},
-        },
-    ),
-    "task_arithmetic": Case(
-        BASE_AB,
-        {"op": "task_arithmetic", "base": "base", "inputs": list(AB), "weight": 0.4},
-        {"merge_method": "task_arithmetic", "base_model": "base", "models": of(AB, weight=0.4)},
-    ),
+    "ties": on_deltas("ties", each=SPARSE, shared={"normalize": True}),
+    "task_arithmetic": on_deltas("task_arithmetic", each={"weight": 0.4}),
     "slerp": Case(
         AB,
         {"op": "slerp", "inputs": list(AB), "t": 0.3},
         {"merge_method": "slerp", "base_model": "a", "models": of(AB), "parameters": {"t": 0.3}},
     ),
     "tiny": Case(AB, LINEAR_NODE, {"merge_method": "linear", "models": of(AB, weight=0.5)}, shape="tiny"),
+    "ties_model": on_deltas("ties", theirs=None, each=SPARSE, scope="model"),
+    "dare_linear": on_deltas("dare_linear", each=SPARSE),
+    "dare_ties": on_deltas("dare_ties", each=SPARSE),
+    "breadcrumbs": on_deltas("breadcrumbs", each={**SPARSE, "gamma": 0.01}),
+    "breadcrumbs_ties": on_deltas("breadcrumbs_ties", each={**SPARSE, "gamma": 0.01}),
+    "della": on_deltas("della", each={**SPARSE, "epsilon": 0.1}),
+    "della_linear": on_deltas("della_linear", each={**SPARSE, "epsilon": 0.1}),
+    "sce": on_deltas("sce", shared={"select_topk": 0.5}),
+    "model_stock": on_deltas("model_stock"),
+    "ram": on_deltas("ram"),
+    "ramplus": on_deltas("ramplus", theirs="ramplus_tl"),
+    "nearswap": Case(
+        ("base", "a"),
+        {"op": "nearswap", "base": "base", "inputs": ["a"], "t": 0.001},
+        {
+            "merge_method": "nearswap",
+            "base_model": "base",
+            "models": of(("base", "a")),
+            "parameters": {"t": 0.001},
+        },
+    ),
+    "arcee_fusion": on_deltas("arcee_fusion", ("a",)),
+    "nuslerp": Case(
+        AB,
+        {"op": "nuslerp", "inputs": list(AB), "weight": 0.5},
+        {"merge_method": "nuslerp", "models": of(AB, weight=0.5)},
+    ),
+    "multislerp": Case(
+        AB,
+        {"op": "multislerp", "inputs": list(AB), "weight": 0.5},
+        {"merge_method": "multislerp", "models": of(AB, weight=0.5)},
+    ),
+    "karcher": Case(AB, {"op": "karcher", "inputs": list(AB)}, {"merge_method": "karcher", "models": of(AB)}),
+    "stack": Case(AB, stacked, stacked_there),
+    "passthrough": Case(
+        ("a",),
+        {"op": "passthrough", "model": "a"},
+        {"merge_method": "passthrough", "models": of(("a",))},
+    ),
+    "select": Case(AB, {"op": "select", "rules": [{"match": "*.mlp.*", "model": "a"}, {"model": "b"}]}),
+    "scale": Case(("a",), {"op": "scale", "model": "a", "by": 0.5}),
+    "cast": Case(("a",), {"op": "cast", "model": "a", "to": "float16"}),
+    "task_vector": Case(("base", "a"), task_vector("a")),
+    "add": Case(BASE_AB, {"op": "add", "base": "base", "inputs": [task_vector(name) for name in AB], "weight": 0.5}),
+    "magmax": on_deltas("magmax", theirs=None),
+    "consensus": on_deltas("consensus", theirs=None),
+    "pcb": on_deltas("pcb", theirs=None, ratio=0.2),
+    "widen": on_deltas("widen", theirs=None),
+    "evolve_cross": Case(AB, {"op": "evolve_cross", "inputs": list(AB)}),
+    "emr": on_deltas("emr", theirs=None),
+    "emr_apply": Case(
+        BASE_AB,
+        {"op": "emr_apply", "base": "base", "emr": {"op": "emr", "base": "base", "inputs": list(AB)}, "task": "a"},
+    ),
+    "tsv": on_matrices("tsv"),
+    "iso_c": on_matrices("iso_c"),
+    "iso_cts": on_matrices("iso_cts"),
+    "knots": on_matrices("knots", density=0.2),
+    "star": on_matrices("star"),
+    "cart": on_matrices("cart"),
+    "wudi": on_matrices("wudi", steps=20),
 }
 OTHER_CASES = ("threads", "plan", "cgroup")
 
@@ -440,7 +556,8 @@ class Bench:
 
     def mergeflow(self, case: Case, models: Mapping[str, Path], *more: str, before: Any = None) -> Run:
         """One run of mergeflow, its output deleted afterwards."""
-        recipe = self.recipe(models, {"merged": case.node}, case.models[0])
+        shape = SHAPES[case.shape or self.options.size]
+        recipe = self.recipe(models, {"merged": case.node_of(shape)}, case.models[0])
         out = self.work / "out-mergeflow"
         for left in (out, self.work / ".out-mergeflow.staging"):
             shutil.rmtree(left, ignore_errors=True)
@@ -460,7 +577,8 @@ class Bench:
             return [named(item) for item in value] if isinstance(value, list) else value
 
         config = self.work / "mergekit.yaml"
-        config.write_text(json.dumps({**named(case.mergekit), "dtype": "bfloat16"}, indent=1))
+        theirs = case.mergekit_of(SHAPES[case.shape or self.options.size])
+        config.write_text(json.dumps({**named(theirs), "dtype": "bfloat16"}, indent=1))
         out = self.work / "out-mergekit"
         shutil.rmtree(out, ignore_errors=True)
         run = measure([self.options.mergekit, config, out, "--no-copy-tokenizer", "--quiet"])
@@ -472,7 +590,8 @@ class Bench:
         """The tools in turn, `--pairs` times, the one that starts changing each time."""
         case = CASES[name]
         models = self.models(case.shape or self.options.size, case.models)
-        runs: dict[str, list[Run]] = {tool: [] for tool in self.options.tools}
+        tools = [tool for tool in self.options.tools if tool != "mergekit" or case.mergekit is not None]
+        runs: dict[str, list[Run]] = {tool: [] for tool in tools}
         for pair in range(self.options.pairs):
             order = list(runs) if pair % 2 == 0 else list(reversed(runs))
             for tool in order:
@@ -485,6 +604,8 @@ class Bench:
         found: dict[str, Any] = {
             tool: [asdict(run) | timed(run) for run in some] for tool, some in runs.items() if some
         }
+        if case.about:
+            found["about"] = case.about
         ours, theirs = runs.get("mergeflow", []), runs.get("mergekit", [])
         ratios = [a.wall / b.wall for a, b in zip(ours, theirs, strict=False)]
         if ratios:
@@ -726,6 +847,11 @@ def lines_of(report: Report) -> list[str]:
         f"idle: importing torch {report.idle['import']:.2f} s, the whole process {report.idle['wall']:.2f} s, "
         f"RssAnon {report.idle['rss_anon'] / MIB:.0f} MiB",
     ]
+    abouts: dict[str, list[str]] = {}
+    for name, found in report.cases.items():
+        if "about" in found:
+            abouts.setdefault(found["about"], []).append(name)
+    lines += [f"{', '.join(names)}: {about}" for about, names in abouts.items()]
     for name, found in report.cases.items():
         for way, seconds in found.get("floor", {}).items():
             ratio = found["against_floor"].get(way)

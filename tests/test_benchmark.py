@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import re
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from types import ModuleType
 
@@ -12,6 +14,9 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
+
+from mergeflow import Recipe
+from mergeflow.ops import OPS
 
 ROOT = Path(__file__).parent.parent
 SCRIPT = ROOT / "benchmarks" / "merge.py"
@@ -87,8 +92,29 @@ def test_a_floor_names_both_ways_to_write_and_leaves_no_file(merge: ModuleType, 
 
 def test_every_recipe_of_the_benchmark_names_its_own_models(merge: ModuleType) -> None:
     for case in merge.CASES.values():
-        told = json.dumps([case.node, case.mergekit])
-        assert all(f'"{name}"' in told for name in case.models)
+        shape = merge.SHAPES[case.shape or "small"]
+        for told in filter(None, (case.node_of(shape), case.mergekit_of(shape))):
+            assert all(f'"{name}"' in json.dumps(told) for name in case.models)
+
+
+def test_every_op_has_a_case_and_every_case_is_a_recipe(merge: ModuleType) -> None:
+    used = set()
+    for case in merge.CASES.values():
+        for size in ("tinyllama", "small"):
+            node = case.node_of(merge.SHAPES[size])
+            Recipe(models={name: f"./{name}" for name in case.models}, nodes={"merged": node})
+            used |= set(re.findall(r'"op": "(\w+)"', json.dumps(node)))
+    assert used == {op.name for op in OPS}
+
+
+def test_what_runs_on_a_part_of_the_model_says_so_below_the_table(merge: ModuleType, tmp_path: Path) -> None:
+    options = merge.parse(["--size", "small", "--work", str(tmp_path), "--cases", "linear"])
+    report = merge.Report(machine=merge.machine(options), idle={"wall": 1.0, "import": 1.0, "rss_anon": 0.0})
+    run = asdict(merge.Run(2.0, 1.0, 0.5, 1 << 20, dict.fromkeys(("rchar", "read_bytes", "wchar", "write_bytes"), 0)))
+    report.cases = {name: {"mergeflow": [run], "about": merge.CASES[name].about} for name in ("tsv", "iso_c")}
+    text = merge.as_markdown(report)
+    assert "| tsv | mergeflow | 2.00 (2.00-2.00) | 1.50 |" in text
+    assert "- tsv, iso_c: only at model.layers.0.self_attn.*, the mean elsewhere\n" in text
 
 
 @pytest.mark.slow
@@ -100,4 +126,5 @@ def test_the_benchmark_runs_to_its_table(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert "SKIPPED mergekit" in done.stderr
     table = (tmp_path / "t.md").read_text()
-    assert all(f"| {case} | mergeflow |" in table for case in ("linear", "ties", "task_arithmetic", "slerp", "tiny"))
+    assert all(f"| {op.name} | mergeflow |" in table for op in OPS)
+    assert "| tiny | mergeflow |" in table and "| threads | 2 threads |" in table

@@ -11,7 +11,7 @@ ROOT = pathlib.Path(__file__).parent.parent / "mergeflow"
 
 FLOORS: dict[int, str] = {
     9: "__main__",
-    8: "cli",
+    8: "cli testing",
     7: "pipeline",
     6: "inspecting schema reporting",
     5: "executing writing publishing",

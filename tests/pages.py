@@ -1,0 +1,59 @@
+"""The examples that `mergeflow ops NAME` prints, and checkpoints that they run on."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from checkpoints import save
+
+from mergeflow.ops import OPS, Op
+from mergeflow.schema import op_page
+
+LAYERS, HIDDEN, FFN, VOCAB = 4, 8, 12, 16
+
+
+def example_of(name: str) -> str:
+    """The recipe at the end of an op's page, as somebody copies it."""
+    lines = op_page(name).partition("Example\n")[2].splitlines()
+    return "".join(line[2:] + "\n" for line in lines)
+
+
+def llama(seed: int) -> dict[str, torch.Tensor]:
+    """The tensors of a small Llama-like model."""
+    draw = torch.Generator().manual_seed(seed)
+    shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (VOCAB, HIDDEN)}
+    for layer in range(LAYERS):
+        for name, shape in {
+            "input_layernorm": (HIDDEN,),
+            "self_attn.q_proj": (HIDDEN, HIDDEN),
+            "self_attn.o_proj": (HIDDEN, HIDDEN),
+            "post_attention_layernorm": (HIDDEN,),
+            "mlp.up_proj": (FFN, HIDDEN),
+            "mlp.down_proj": (HIDDEN, FFN),
+        }.items():
+            shapes[f"model.layers.{layer}.{name}.weight"] = shape
+    shapes |= {"model.norm.weight": (HIDDEN,), "lm_head.weight": (VOCAB, HIDDEN)}
+    return {name: torch.randn(shape, generator=draw) * 0.1 for name, shape in shapes.items()}
+
+
+CONFIG = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "num_hidden_layers": LAYERS}
+CONFIG |= {"hidden_size": HIDDEN, "intermediate_size": FFN, "vocab_size": VOCAB, "tie_word_embeddings": False}
+
+
+def write_models(folder: Path, recipe: dict[str, Any]) -> None:
+    """The checkpoints that a recipe names, where they are not there yet."""
+    for seed, name in enumerate(sorted(recipe["models"])):
+        if not (folder / name).exists():
+            save(folder / name, llama(seed), config=CONFIG)
+
+
+def write_examples(folder: Path, ops: Iterable[type[Op]] = OPS) -> None:
+    """A recipe file for each op, and the models of all."""
+    for op in ops:
+        text = example_of(op.name)
+        (folder / f"{op.name}.yaml").write_text(text)
+        write_models(folder, yaml.safe_load(text))
