@@ -11,12 +11,20 @@ from importlib.metadata import EntryPoint, entry_points
 
 from mergeflow.errors import RecipeError, did_you_mean
 from mergeflow.ops.add import Add
+from mergeflow.ops.arcee_fusion import ArceeFusion
 from mergeflow.ops.base import LEAF, Block, DeltaOp, Op, Reduction, measure
 from mergeflow.ops.cast import Cast
 from mergeflow.ops.emr import Emr, EmrApply
+from mergeflow.ops.karcher import Karcher
 from mergeflow.ops.linear import Linear
+from mergeflow.ops.model_stock import ModelStock
+from mergeflow.ops.multislerp import MultiSlerp
+from mergeflow.ops.nearswap import NearSwap
+from mergeflow.ops.nuslerp import NuSlerp
 from mergeflow.ops.passthrough import Passthrough
+from mergeflow.ops.ram import Ram, RamPlus
 from mergeflow.ops.scale import Scale
+from mergeflow.ops.sce import Sce
 from mergeflow.ops.select import Select
 from mergeflow.ops.slerp import Slerp
 from mergeflow.ops.task_arithmetic import TaskArithmetic
@@ -28,16 +36,25 @@ __all__ = [
     "LEAF",
     "OPS",
     "Add",
+    "ArceeFusion",
     "Block",
     "Cast",
     "DeltaOp",
     "Emr",
     "EmrApply",
+    "Karcher",
     "Linear",
+    "ModelStock",
+    "MultiSlerp",
+    "NearSwap",
+    "NuSlerp",
     "Op",
     "Passthrough",
+    "Ram",
+    "RamPlus",
     "Reduction",
     "Scale",
+    "Sce",
     "Select",
     "Slerp",
     "TaskArithmetic",
@@ -52,8 +69,17 @@ __all__ = [
 OPS: tuple[type[Op], ...] = (
     Linear,
     Slerp,
+    NuSlerp,
+    MultiSlerp,
+    Karcher,
     TaskArithmetic,
     Ties,
+    Sce,
+    Ram,
+    RamPlus,
+    ModelStock,
+    NearSwap,
+    ArceeFusion,
     Emr,
     EmrApply,
     TaskVector,
