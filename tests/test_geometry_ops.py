@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -120,7 +120,7 @@ def reference_multislerp(tensors: Sequence[Array], weights: Sequence[float], nor
     if normalize:
         weights = [weight / sum(weights) for weight in weights]
     units = [tensor / np.linalg.norm(tensor) for tensor in tensors]
-    mean = sum(w * u for w, u in zip(weights, units, strict=True))
+    mean = np.sum([w * u for w, u in zip(weights, units, strict=True)], axis=0)
     mean = mean / np.linalg.norm(mean)
     tangent = sum(w * (u - (u * mean).sum() * mean) for w, u in zip(weights, units, strict=True))
     step = np.linalg.norm(tangent)
@@ -133,7 +133,7 @@ def reference_karcher(tensors: Sequence[Array], max_iter: int = 10, tol: float =
     lengths = [float(np.linalg.norm(tensor)) for tensor in tensors]
     if not units:
         return np.zeros_like(tensors[0])
-    mean = sum(units) / len(units)
+    mean = np.mean(units, axis=0)
     mean = units[0] if np.linalg.norm(mean) < tol else mean / np.linalg.norm(mean)
     for _ in range(max_iter):
         step = np.zeros_like(mean)
@@ -223,7 +223,7 @@ def test_nuslerp_goes_along_the_arc_between_deltas_or_weights(
     parts = [x - origin for x in doubles(*tensors)]
     got = NuSlerp(weight=list(w))(base, tensors) if based else NuSlerp(weight=list(w))(tensors)
     terms = np.abs(origin) + sum(np.abs(along) for along in parts)
-    close(got, origin + along_the_arc(*parts, t), terms=terms)
+    close(got, origin + along_the_arc(parts[0], parts[1], t), terms=terms)
 
 
 @pytest.mark.parametrize("row_wise", [True, False])
@@ -249,7 +249,7 @@ def test_nuslerp_has_an_angle_for_each_row_or_each_column(row_wise: bool, shape:
             close(in_blocks(op, tensors, shape, 1, rows), want, terms=terms)
     parts = [x - doubles(base)[0] for x in (a, b)]
     if len(shape) < 2:
-        close(op(base, tensors), doubles(base)[0] + along_the_arc(*parts, 2 / 3), terms=terms)
+        close(op(base, tensors), doubles(base)[0] + along_the_arc(parts[0], parts[1], 2 / 3), terms=terms)
 
 
 def test_nuslerp_of_weights_is_slerp_at_the_second_ones_share() -> None:
@@ -263,7 +263,7 @@ def test_nuslerp_of_weights_is_slerp_at_the_second_ones_share() -> None:
 def test_nuslerp_of_nearly_parallel_models_still_follows_the_arc() -> None:
     a = normal(1000, seed=1)
     b = 2 * a + normal(1000, seed=2, spread=0.0005)
-    want = along_the_arc(*doubles(a, b), 0.5)
+    want = along_the_arc(doubles(a)[0], doubles(b)[0], 0.5)
     close(NuSlerp()([a, b]), want)
     assert np.linalg.norm(want - (doubles(a)[0] + doubles(b)[0]) / 2) > 1e-5 * np.linalg.norm(want)
 
@@ -318,7 +318,7 @@ def test_karcher_takes_the_steps_of_its_definition(
     want = reference_karcher(doubles(*tensors), max_iter)
     # Where vectors are all but opposite the steps wander, and rounding leads them elsewhere.
     if min(math.sin(angle_between(a, b)) for a in doubles(*tensors) for b in [want]) > 1e-3:
-        close(Karcher(max_iter=max_iter)(tensors), want, 1e-6, terms=sum(np.abs(x) for x in doubles(*tensors)))
+        close(Karcher(max_iter=max_iter)(tensors), want, 1e-6, terms=np.sum(np.abs(doubles(*tensors)), axis=0))
 
 
 def test_karcher_is_the_point_where_the_tangents_cancel() -> None:
@@ -457,7 +457,7 @@ def test_arcee_fusion_is_what_a_sort_of_the_importances_gives(
     assert torch.equal(ArceeFusion()(base, tensor).double(), torch.from_numpy(reference_fusion(*doubles(base, tensor))))
 
 
-@pytest.mark.parametrize("rows", [1, 7, 100, 640])
+@pytest.mark.parametrize("rows", [63, 100, 640])
 def test_arcee_fusion_in_blocks_of_rows_finds_exact_quartiles(rows: int) -> None:
     base, (tensor,) = family(1, 640, 33, seed=4)
     tensor[5:200] = base[5:200]  # a mass of equal importances
@@ -539,7 +539,7 @@ def test_blocks_of_rows_as_a_run_cuts_them_give_what_the_whole_gives(op: Op, cou
     shape = (500, 65)
     tensors = [normal(*shape, seed=i, dtype=torch.float64) for i in range(count + op.needs_base)]
     whole = called(op, tensors)
-    for rows in (1, 64, 499):
+    for rows in (97, 256, 499):
         close(in_blocks(op, tensors, shape, 1, rows), doubles(whole)[0], 1e-13)
 
 
@@ -587,26 +587,27 @@ def test_a_nan_in_any_input_shows_where_an_op_says_so(op: Op, count: int) -> Non
             assert not op.shows_non_finite or not got[5].isfinite()
 
 
-AVERAGES: list[Callable[[int], Op]] = [
-    lambda k: MultiSlerp(weight=0.7),
-    lambda k: Karcher(),
-    lambda k: Sce(),
-    lambda k: ModelStock() if k > 1 else Sce(),
-    lambda k: ModelStock(filter_wise=True) if k > 1 else Ram(epsilon=0.0),
-    lambda k: Ram(epsilon=0.0),
-    lambda k: RamPlus(epsilon=0.0) if k > 1 else Ram(epsilon=0.0),
-    lambda k: NuSlerp() if k == 2 else MultiSlerp(),
-    lambda k: NuSlerp(flatten=False) if k == 2 else Karcher(),
-]
-
-
-@pytest.mark.parametrize("build", AVERAGES)
-@pytest.mark.parametrize("count", [1, 2, 3, 5])
-def test_equal_inputs_average_to_themselves(build: Callable[[int], Op], count: int) -> None:
-    base, (tensor,) = family(1, 12, 10, seed=count)
-    op = build(count)
-    arguments = [base, [tensor] * count] if op.needs_base else [[tensor] * count]
-    close(op(*arguments), doubles(tensor)[0], 3e-7)
+@pytest.mark.parametrize(
+    ("op", "counts"),
+    [
+        (NuSlerp(), [2]),
+        (NuSlerp(flatten=False), [2]),
+        (NuSlerp(flatten=False, row_wise=True), [2]),
+        (MultiSlerp(weight=0.7), [1, 2, 3, 5]),
+        (Karcher(), [1, 2, 3, 5]),
+        (ModelStock(), [2, 3, 5]),
+        (ModelStock(filter_wise=True), [2, 3, 5]),
+        (Sce(), [1, 2, 3, 5]),
+        (Ram(epsilon=0.0), [1, 2, 3, 5]),
+        (RamPlus(epsilon=0.0), [2, 3, 5]),
+    ],
+    ids=repr,
+)
+def test_equal_inputs_average_to_themselves(op: Op, counts: Sequence[int]) -> None:
+    base, (tensor,) = family(1, 12, 10, seed=1)
+    for count in counts:
+        got = op(base, [tensor] * count) if op.needs_base else op([tensor] * count)
+        close(got, doubles(tensor)[0], 3e-7)
 
 
 def test_one_input_is_its_own_mean_bit_for_bit() -> None:
@@ -663,12 +664,12 @@ def test_parameters_out_of_their_bounds_are_refused() -> None:
         lambda: Sce(select_topk=1.5),
         lambda: Ram(epsilon=-1.0),
         lambda: RamPlus(alpha=-1.0),
-        lambda: NuSlerp(flatten="yes"),
-        lambda: ModelStock(filter_wise=1),
-        lambda: Sce(select_scope="all"),
+        lambda: NuSlerp(flatten="yes"),  # type: ignore[arg-type]
+        lambda: ModelStock(filter_wise=1),  # type: ignore[arg-type]
+        lambda: Sce(select_scope="all"),  # type: ignore[arg-type]
     ):
         with pytest.raises(ValidationError):
-            build()  # type: ignore[no-untyped-call]
+            build()
 
 
 # Through recipes and files.
@@ -719,15 +720,15 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("node", NODES)
-def test_a_run_gives_what_the_op_gives_whatever_the_threads_and_the_memory(
+def test_a_run_gives_what_the_op_gives_whatever_threads_memory_and_device(
     node: str, models: Path, tmp_path: Path
 ) -> None:
     recipe = tmp_path / "recipe.yaml"
     names = "".join(f"  {name}: {models / name}\n" for name in ("base", "a", "b", "c") if name in NODES[node])
     recipe.write_text(f"recipe: 1\nmodels:\n{names}nodes:\n  merged: {NODES[node]}\noutput: {{}}\n")
     results = []
-    for index, (threads, memory) in enumerate(((1, 2**30), (2, 2**26))):
-        run(load_recipe(recipe), tmp_path / str(index), threads=threads, memory=memory)
+    for index, (threads, memory, device) in enumerate(((1, 2**30, "cpu"), (2, 2**26, "cpu"), (3, 2**28, "staged:cpu"))):
+        run(load_recipe(recipe), tmp_path / str(index), threads=threads, memory=memory, device=device)
         results.append(weights_of(tmp_path / str(index)))
     given = {name: weights_of(models / name) for name in ("base", "a", "b", "c")}
     op, based = OPS_OF_NODES[node], "base: base" in NODES[node]
@@ -735,5 +736,5 @@ def test_a_run_gives_what_the_op_gives_whatever_the_threads_and_the_memory(
     for key in SHAPES:
         tensors = [given[name][key] for name in ("a", "b", "c")[:count]]
         want = op(given["base"][key], tensors) if based else op(tensors)
-        assert same_bits(results[0][key], results[1][key]), key
+        assert all(same_bits(results[0][key], other[key]) for other in results[1:]), key
         close(results[0][key], doubles(want)[0], 3e-7)
