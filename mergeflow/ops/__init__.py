@@ -11,6 +11,7 @@ from importlib.metadata import EntryPoint, entry_points
 
 from mergeflow.errors import RecipeError, did_you_mean
 from mergeflow.ops.add import Add
+from mergeflow.ops.arcee_fusion import ArceeFusion
 from mergeflow.ops.base import LEAF, Block, DeltaOp, Op, Reduction, measure
 from mergeflow.ops.cart import Cart
 from mergeflow.ops.cast import Cast
@@ -18,12 +19,19 @@ from mergeflow.ops.consensus import Consensus
 from mergeflow.ops.emr import Emr, EmrApply
 from mergeflow.ops.iso_c import IsoC
 from mergeflow.ops.iso_cts import IsoCts
+from mergeflow.ops.karcher import Karcher
 from mergeflow.ops.knots import Knots
 from mergeflow.ops.linear import Linear
 from mergeflow.ops.magmax import Magmax
+from mergeflow.ops.model_stock import ModelStock
+from mergeflow.ops.multislerp import MultiSlerp
+from mergeflow.ops.nearswap import NearSwap
+from mergeflow.ops.nuslerp import NuSlerp
 from mergeflow.ops.passthrough import Passthrough
 from mergeflow.ops.pcb import Pcb
+from mergeflow.ops.ram import Ram, RamPlus
 from mergeflow.ops.scale import Scale
+from mergeflow.ops.sce import Sce
 from mergeflow.ops.select import Select
 from mergeflow.ops.slerp import Slerp
 from mergeflow.ops.star import Star
@@ -39,6 +47,7 @@ __all__ = [
     "LEAF",
     "OPS",
     "Add",
+    "ArceeFusion",
     "Block",
     "Cart",
     "Cast",
@@ -48,14 +57,22 @@ __all__ = [
     "EmrApply",
     "IsoC",
     "IsoCts",
+    "Karcher",
     "Knots",
     "Linear",
     "Magmax",
+    "ModelStock",
+    "MultiSlerp",
+    "NearSwap",
+    "NuSlerp",
     "Op",
     "Passthrough",
     "Pcb",
+    "Ram",
+    "RamPlus",
     "Reduction",
     "Scale",
+    "Sce",
     "Select",
     "Slerp",
     "Star",
@@ -74,8 +91,17 @@ __all__ = [
 OPS: tuple[type[Op], ...] = (
     Linear,
     Slerp,
+    NuSlerp,
+    MultiSlerp,
+    Karcher,
     TaskArithmetic,
     Ties,
+    Sce,
+    Ram,
+    RamPlus,
+    ModelStock,
+    NearSwap,
+    ArceeFusion,
     Emr,
     EmrApply,
     Magmax,

@@ -9,14 +9,14 @@ took a fifth less processor time.) Elements equal to the threshold are kept from
 counted leaf by leaf: deltas of bfloat16 models tie in masses. NaN has larger bits than any number: it is kept, and seen.
 
 All of it is made of elementwise operations, counts, and sums in a fixed order, so it gives the same bytes on every
-processor.
+processor. The same selection finds the largest entries of any score that is computed from the deltas (`Largest`).
 """
 
 from __future__ import annotations
 
 import math
 import struct
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain, pairwise
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
@@ -124,6 +124,36 @@ def _number(bits: int, wide: bool) -> float:
     return found
 
 
+Scores = Callable[[Sequence["Tensor"], Block], Sequence["Tensor"]]
+"""What is selected among, from the inputs of a block: flat tensors, of which the magnitudes count."""
+
+
+def the_deltas(inputs: Sequence[Tensor], block: Block) -> Sequence[Tensor]:
+    """The inputs without the base."""
+    return inputs[1:]
+
+
+@dataclass(frozen=True, slots=True)
+class Largest:
+    """What a selection keeps: of each score the entries largest in magnitude, as many as its density is a share of.
+
+    Of all entries, at least one; or with `of_others_than_zero` of those that are not 0, rounded down.
+    """
+
+    densities: tuple[float, ...]
+    rounding: Rounding = "floor"
+    scores: Scores = the_deltas
+    of_others_than_zero: bool = False
+
+    def count(self, size: int, density: float) -> int:
+        """How many of `size` elements are kept."""
+        return int(density * size) if self.of_others_than_zero else kept_of(size, density, self.rounding)
+
+    def none(self, wide: bool) -> Threshold:
+        """The threshold that no number reaches."""
+        return Threshold(wide, _INFINITY[wide] + 1, 0, 0, 0)
+
+
 def trimming(
     known: tuple[Any, ...],
     densities: Sequence[float],
@@ -133,23 +163,33 @@ def trimming(
 ) -> Reduction | None:
     """The next round of finding the thresholds of deltas; the inputs of its blocks are the base and the deltas.
 
-    The first round knows a bracket for each delta, later ones a `Threshold`, or None for a delta of density 1, which is
-    not trimmed. The second knows None where a bracket did not hold the threshold. Over a model there is no bracket: a sample
-    of each tensor says little about all of them.
+    The last of the rounds knows a `Threshold` for each delta, or None for a delta of density 1, which is not trimmed.
     """
-    if all(density == 1 for density in densities):
+    return selecting(known, Largest(tuple(densities), rounding), rescale, scope)
+
+
+def selecting(
+    known: tuple[Any, ...], largest: Largest, rescale: Rescale = "none", scope: Scope = "tensor"
+) -> Reduction | None:
+    """The next round of finding the thresholds of scores, of tensors that are given flat.
+
+    The first round knows a bracket for each score, later ones a `Threshold`, or None for a score of density 1. The second knows
+    None where a bracket did not hold the threshold. Over a model there is no bracket: a sample of each tensor says little about
+    all of them.
+    """
+    if all(density == 1 for density in largest.densities):
         return None
     if not known and scope == "tensor":
-        return _Brackets(tuple(densities))
+        return _Brackets(largest)
     if len(known) == 1 and scope == "tensor":
-        return _Inside(tuple(densities), rounding, known[0], count_leaves=rescale not in ("l1", "l2"))
+        return _Inside(largest, known[0], count_leaves=rescale not in ("l1", "l2"))
     if not known or known[-1] is None:
-        return _Leading(tuple(densities), rounding)
+        return _Leading(largest)
     found: tuple[Threshold | None, ...] = known[-1]
     if any(one and one.open for one in found):
-        return _Digit(found)
+        return Digit(found, largest.scores)
     if any(one and one.leaf is None and (one.divides or rescale in ("l1", "l2")) for one in found):
-        return _AtThreshold(found, rescale)
+        return _AtThreshold(found, largest.scores, rescale)
     return None
 
 
@@ -166,16 +206,17 @@ def trimmed(deltas: Sequence[Tensor], densities: Sequence[float], rescale: Resca
         if one is None:
             result.append(delta)
             continue
-        kept = _kept(delta, one, block.before * LEAF + block.start) if one.lowest else delta
+        kept = kept_above(delta, one, block) if one.lowest else delta
         factor = 1 / density if rescale == "probability" else one.factor
         result.append(scaled(kept, factor, own=kept is not delta))
     return result
 
 
-def _kept(delta: Tensor, threshold: Threshold, start: int) -> Tensor:
-    """The part of a delta that starts at element `start` (of whole leaves, where several tensors are measured), trimmed."""
+def kept_above(delta: Tensor, threshold: Threshold, block: Block) -> Tensor:
+    """The part of a delta, or of a score, that a block is: a new tensor, with 0 for the elements that are not kept."""
     import torch
 
+    start = block.before * LEAF + block.start
     if not threshold.divides:
         return torch.hardshrink(delta, threshold.below())
     assert threshold.leaf is not None
@@ -192,15 +233,23 @@ def _kept(delta: Tensor, threshold: Threshold, start: int) -> Tensor:
     return kept
 
 
-def agreeing(products: Sequence[Tensor], weights: Sequence[float], *, vote: Vote, normalize: bool) -> Tensor:
+def agreeing(
+    products: Sequence[Tensor],
+    weights: Sequence[float],
+    *,
+    vote: Vote,
+    normalize: bool,
+    voters: Sequence[Tensor] | None = None,
+) -> Tensor:
     """sum_i m_i p_i, where m_i is 1 if the product p_i = w_i s(tau_i) has the elected sign, else 0.
 
-    `normalize` divides by sum_i m_i w_i. `mass` elects the sign of sum_i p_i, `count` that of sum_i sign(p_i); 0
-    counts as +. Where the divisor is 0 the result is 0.
+    `normalize` divides by sum_i m_i w_i. `mass` elects the sign of sum_i v_i, `count` that of sum_i sign(v_i), v_i being
+    p_i, or the `voters` if they are others; 0 counts as +. Where the divisor is 0 the result is 0.
     """
     import torch
 
-    ballots = products if vote == "mass" else [product.sign() for product in products]
+    voters = products if voters is None else voters
+    ballots = voters if vote == "mass" else [voter.sign() for voter in voters]
     elected = weighted_sum(ballots, [1.0] * len(ballots))
     elected = torch.ge(elected, 0, out=torch.empty_like(elected)).mul_(2).sub_(1)
     # Weights of one sign add up without cancelling; others need float64 to tell a divisor of 0 from its rounding error.
@@ -239,12 +288,12 @@ class _Brackets(Reduction):
 
     sample: ClassVar[bool] = True
 
-    densities: tuple[float, ...]
+    largest: Largest
 
     def block(self, inputs: Sequence[Tensor], block: Block) -> Tensor:
         import torch
 
-        return torch.stack([_magnitude(delta) for delta in inputs[1:]])
+        return torch.stack([_magnitude(score) for score in self.largest.scores(inputs, block)])
 
     def merge(self, parts: Sequence[Tensor]) -> Tensor:
         import torch
@@ -254,10 +303,13 @@ class _Brackets(Reduction):
     def finish(self, total: Tensor) -> tuple[_Bracket | None, ...]:
         import numpy as np
 
-        return tuple(
-            None if density == 1 else _bracket(np.asarray(row.cpu()), density)
-            for row, density in zip(total, self.densities, strict=True)
-        )
+        found: list[_Bracket | None] = []
+        for row, density in zip(total, self.largest.densities, strict=True):
+            sample = np.asarray(row.cpu())
+            if self.largest.of_others_than_zero:
+                sample = sample[sample != 0]
+            found.append(None if density == 1 else _bracket(sample, density))
+        return tuple(found)
 
 
 def _bracket(sample: NDArray[Any], density: float) -> _Bracket:
@@ -294,12 +346,11 @@ def _nth_largest(values: NDArray[Any], n: int) -> int:
 
 @dataclass(frozen=True, slots=True)
 class _Collected:
-    """What a stretch of blocks holds of each bracketed delta: elements above, those inside by leaf, and their values.
-
-    Values are magnitudes above the bracket's lowest, as integers.
+    """What a stretch of blocks holds of each bracketed score: the elements that its density is a share of, those above the
+    bracket, those inside by leaf, and the values of these, as magnitudes above the bracket's lowest, as integers.
     """
 
-    elements: int
+    elements: tuple[int, ...]
     above: tuple[int, ...]
     by_leaf: tuple[tuple[NDArray[Any], ...], ...]
     values: tuple[tuple[NDArray[Any], ...], ...]
@@ -309,27 +360,27 @@ class _Collected:
 class _Inside(Reduction):
     """The elements inside each bracket, among which the threshold is chosen; None where they are too many to hold."""
 
-    densities: tuple[float, ...]
-    rounding: Rounding
+    largest: Largest
     brackets: tuple[_Bracket | None, ...]
     count_leaves: bool
 
     def block(self, inputs: Sequence[Tensor], block: Block) -> _Collected | None:
         import numpy as np
 
-        above, by_leaf, values = [], [], []
-        for delta, bracket in zip(inputs[1:], self.brackets, strict=True):
+        elements, above, by_leaf, values = [], [], [], []
+        for score, bracket in zip(self.largest.scores(inputs, block), self.brackets, strict=True):
             if bracket is None:
                 continue
             low, high = bracket
-            array = np.asarray(_magnitude(delta).sub_(low).cpu())
+            elements.append(int(score.count_nonzero()) if self.largest.of_others_than_zero else len(score))
+            array = np.asarray(_magnitude(score).sub_(low).cpu())
             # Below the bracket is negative, which is large as an unsigned number: one comparison finds what is inside.
             inside = array.view(f"u{array.itemsize}") <= high - low
             above.append(int(np.count_nonzero(array > high - low)))
             starts = range(0, len(array), LEAF)
             by_leaf.append((np.array([np.count_nonzero(inside[start : start + LEAF]) for start in starts], np.int64),))
             values.append((array.compress(inside),))
-        return _Collected(len(inputs[0]), tuple(above), tuple(by_leaf), tuple(values))
+        return _Collected(tuple(elements), tuple(above), tuple(by_leaf), tuple(values))
 
     def merge(self, parts: Sequence[_Collected | None]) -> _Collected | None:
         sound = [part for part in parts if part is not None]
@@ -337,7 +388,7 @@ class _Inside(Reduction):
         if len(sound) < len(parts) or sum(len(part) for one in values for part in one) > _MOST_INSIDE:
             return None
         return _Collected(
-            sum(part.elements for part in sound),
+            tuple(map(sum, zip(*(part.elements for part in sound), strict=True))),
             tuple(map(sum, zip(*(part.above for part in sound), strict=True))),
             tuple(tuple(chain.from_iterable(one)) for one in zip(*(part.by_leaf for part in sound), strict=True)),
             tuple(values),
@@ -348,15 +399,19 @@ class _Inside(Reduction):
 
         if total is None:
             return None
-        collected = zip(total.above, total.by_leaf, total.values, strict=True)
+        collected = zip(total.elements, total.above, total.by_leaf, total.values, strict=True)
         found: list[Threshold | None] = []
-        for density, bracket in zip(self.densities, self.brackets, strict=True):
+        for density, bracket in zip(self.largest.densities, self.brackets, strict=True):
             if bracket is None:
                 found.append(None)
                 continue
-            above, by_leaf, parts = next(collected)
+            elements, above, by_leaf, parts = next(collected)
             values = np.concatenate(parts)
-            need = kept_of(total.elements, density, self.rounding) - above if total.elements else 1
+            count = self.largest.count(elements, density)
+            if count == 0:
+                found.append(self.largest.none(values.itemsize == 8))
+                continue
+            need = count - above
             if not 0 < need <= len(values):
                 return None
             value = _nth_largest(values, need)
@@ -373,7 +428,7 @@ class _Inside(Reduction):
 
 
 class _Counts(Reduction):
-    """A histogram for each delta whose threshold is looked for: (deltas, bins)."""
+    """A histogram for each score whose threshold is looked for: (scores, bins)."""
 
     def merge(self, parts: Sequence[Tensor]) -> Tensor:
         total, *others = parts
@@ -384,62 +439,87 @@ class _Counts(Reduction):
 
 @dataclass(frozen=True, slots=True)
 class _Leading(_Counts):
-    """The histogram of the leading 15 bits of float32 magnitudes, or 16 of float64 ones: its length tells which."""
+    """The histogram of the leading 15 bits of float32 magnitudes, or 16 of float64 ones: its length tells which.
 
-    densities: tuple[float, ...]
-    rounding: Rounding
+    One bin more counts the elements that the density is no share of.
+    """
+
+    largest: Largest
 
     def block(self, inputs: Sequence[Tensor], block: Block) -> Tensor:
         import torch
 
         rows = []
-        for delta, density in zip(inputs[1:], self.densities, strict=True):
+        for score, density in zip(self.largest.scores(inputs, block), self.largest.densities, strict=True):
             if density < 1:
-                wide = delta.dtype == torch.float64
-                digits = _magnitude(delta).bitwise_right_shift_(_SHIFT[wide])
-                rows.append(torch.bincount(digits, minlength=_BINS[wide]))
+                row = leading_digits(score)
+                zeros = len(score) - int(score.count_nonzero()) if self.largest.of_others_than_zero else 0
+                rows.append(torch.cat([row, row.new_tensor([zeros])]))
         return torch.stack(rows)
 
     def finish(self, total: Tensor) -> tuple[Threshold | None, ...]:
-        wide = total.shape[1] == _BINS[True]
+        wide = total.shape[1] > _BINS[True]
         rows = iter(total)
         found: list[Threshold | None] = []
-        for density in self.densities:
+        for density in self.largest.densities:
             if density == 1:
                 found.append(None)
                 continue
             counts = next(rows)
-            bits, need, sharing = _bucket(counts, kept_of(int(counts.sum()), density, self.rounding))
-            found.append(Threshold(wide, bits, _SHIFT[wide], need, sharing))
+            kept = self.largest.count(int(counts[:-1].sum()) - int(counts[-1]), density)
+            found.append(at_rank(counts[:-1], kept) if kept else self.largest.none(wide))
         return tuple(found)
 
 
+def leading_digits(score: Tensor) -> Tensor:
+    """The histogram of the leading bits of some magnitudes."""
+    import torch
+
+    wide = score.dtype == torch.float64
+    return torch.bincount(_magnitude(score).bitwise_right_shift_(_SHIFT[wide]), minlength=_BINS[wide])
+
+
+def at_rank(leading: Tensor, rank: int) -> Threshold:
+    """What the histogram of the leading bits says of the `rank`-th largest magnitude."""
+    wide = len(leading) == _BINS[True]
+    bits, need, sharing = _bucket(leading, rank)
+    return Threshold(wide, bits, _SHIFT[wide], need, sharing)
+
+
 @dataclass(frozen=True, slots=True)
-class _Digit(_Counts):
-    """The histogram of the next digit (16 bits, or what is left) of magnitudes that share the known bits."""
+class Digit(_Counts):
+    """The histogram of the next digit (16 bits, or what is left) of magnitudes that share the known bits.
+
+    For thresholds whose further bits choose between elements; with `to_the_end` for all that have further bits.
+    """
 
     known: tuple[Threshold | None, ...]
+    scores: Scores = the_deltas
+    to_the_end: bool = False
+
+    def _open(self, one: Threshold | None) -> bool:
+        return one is not None and (one.shift > 0 if self.to_the_end else one.open)
 
     def block(self, inputs: Sequence[Tensor], block: Block) -> Tensor:
         import torch
 
         rows = []
-        for delta, one in zip(inputs[1:], self.known, strict=True):
-            if one and one.open:
-                inside = _from_zero(_magnitude(delta).sub_(one.lowest), 1 << one.shift)
+        for score, one in zip(self.scores(inputs, block), self.known, strict=True):
+            if one and self._open(one):
+                inside = _from_zero(_magnitude(score).sub_(one.lowest), 1 << one.shift)
                 digits = inside.bitwise_right_shift_(one.shift - _width(one))
                 rows.append(torch.bincount(digits, minlength=self._bins))
         return torch.stack(rows)
 
     @property
     def _bins(self) -> int:
-        return 1 << max(_width(one) for one in self.known if one and one.open)
+        return 1 << max(_width(one) for one in self.known if one and self._open(one))
 
     def finish(self, total: Tensor) -> tuple[Threshold | None, ...]:
         rows = iter(total)
         found: list[Threshold | None] = []
         for one in self.known:
-            if one and one.open:
+            if one and self._open(one):
                 digit, need, sharing = _bucket(next(rows), one.need)
                 width = _width(one)
                 one = replace(one, bits=one.bits << width | digit, shift=one.shift - width, need=need, sharing=sharing)
@@ -452,20 +532,21 @@ class _AtThreshold(Reduction):
     """Leaf by leaf, how many elements equal the threshold, and the norms before and after it: (leaves, columns)."""
 
     known: tuple[Threshold | None, ...]
+    scores: Scores
     rescale: Rescale
 
     def block(self, inputs: Sequence[Tensor], block: Block) -> Tensor:
         import torch
 
         columns = []
-        for delta, one in zip(inputs[1:], self.known, strict=True):
+        for score, one in zip(self.scores(inputs, block), self.known, strict=True):
             if one is None:
                 continue
             if one.divides:
-                columns.append(_leaves(delta.abs().eq_(one.at())).sum(1).double())  # counts, exact in any order
+                columns.append(_leaves(score.abs().eq_(one.at())).sum(1).double())  # counts, exact in any order
             if self.rescale in ("l1", "l2"):
-                kept = torch.hardshrink(delta, one.at() if one.divides else one.below())
-                columns += [leaf_sums(_powers(each, self.rescale)) for each in (delta, kept)]
+                kept = torch.hardshrink(score, one.at() if one.divides else one.below())
+                columns += [leaf_sums(_powers(each, self.rescale)) for each in (score, kept)]
         return torch.stack(columns, dim=1)
 
     def merge(self, parts: Sequence[Tensor]) -> Tensor:

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from mergeflow.ops.base import LEAF, Block, Op, Reduction, number, weighted_sum
+from mergeflow.ops.base import Block, Op, Reduction, number, weighted_sum
+from mergeflow.ops.gram import Gram, cosines
 from mergeflow.settings import Setting, Unit, setting
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from mergeflow.ops.gram import Array
 
 _STRAIGHT = 0.9995
 """Above this |cos| the arc is a straight line to rounding, and its formula divides by almost 0."""
@@ -43,47 +46,21 @@ class Slerp(Op):
         return {0.0: 0, 1.0: 1}.get(number(self.t))
 
     def reduction(self, known: tuple[Any, ...]) -> Reduction | None:
-        """One round: the cosine."""
-        return None if known or self.only_input(2) is not None else _Cosine()
+        """One round: the angle."""
+        return None if known or self.only_input(2) is not None else Gram(partial(_factors, number(self.t)))
 
     def compute(self, inputs: Sequence[Tensor], block: Block) -> Tensor:
         """c_1 theta_1 + c_2 theta_2"""
         end = self.only_input(2)
         if end is not None:
             return inputs[end]
-        return weighted_sum(inputs, _shares(number(self.t), block.measured[0]))
+        return weighted_sum(inputs, block.measured[0])
 
 
-def _shares(t: float, cosine: float) -> tuple[float, float]:
+def _factors(t: float, gram: Array) -> tuple[float, float]:
     """The factors of the two inputs."""
+    cosine = float(cosines(gram)[0, 1])
     if abs(cosine) > _STRAIGHT:
         return 1 - t, t
     angle = math.acos(cosine)
     return math.sin((1 - t) * angle) / math.sin(angle), math.sin(t * angle) / math.sin(angle)
-
-
-@dataclass(frozen=True, slots=True)
-class _Cosine(Reduction):
-    """Dot product and squared norms, (leaves, 3) in float64, summed exactly at the end."""
-
-    def block(self, inputs: Sequence[Tensor], block: Block) -> Tensor:
-        import torch
-
-        rows = []
-        for first, second in zip(*(torch.split(tensor, LEAF) for tensor in inputs), strict=True):
-            # A copy always: what `dot` gives depends on how its memory is aligned, and a copy is aligned in one way.
-            a, b = first.to(torch.float64, copy=True), second.to(torch.float64, copy=True)
-            rows.append(torch.stack([torch.dot(a, b), torch.dot(a, a), torch.dot(b, b)]))
-        return torch.stack(rows)
-
-    def merge(self, parts: Sequence[Tensor]) -> Tensor:
-        import torch
-
-        return torch.cat(list(parts))
-
-    def finish(self, total: Tensor) -> float:
-        try:
-            dot, first, second = (math.fsum(column) for column in total.T.tolist())
-        except (ValueError, OverflowError):  # inf - inf, or a sum beyond float64: the result shows it as NaN
-            return math.nan
-        return dot / ((math.sqrt(first) or 1.0) * (math.sqrt(second) or 1.0))
