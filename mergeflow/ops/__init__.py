@@ -12,8 +12,12 @@ from importlib.metadata import EntryPoint, entry_points
 from mergeflow.errors import RecipeError, did_you_mean
 from mergeflow.ops.add import Add
 from mergeflow.ops.base import LEAF, Block, DeltaOp, Op, Reduction, measure
+from mergeflow.ops.breadcrumbs import Breadcrumbs, BreadcrumbsTies
 from mergeflow.ops.cast import Cast
+from mergeflow.ops.dare import DareLinear, DareTies
+from mergeflow.ops.della import Della, DellaLinear
 from mergeflow.ops.emr import Emr, EmrApply
+from mergeflow.ops.evolve_cross import EvolveCross
 from mergeflow.ops.linear import Linear
 from mergeflow.ops.passthrough import Passthrough
 from mergeflow.ops.scale import Scale
@@ -29,10 +33,17 @@ __all__ = [
     "OPS",
     "Add",
     "Block",
+    "Breadcrumbs",
+    "BreadcrumbsTies",
     "Cast",
+    "DareLinear",
+    "DareTies",
+    "Della",
+    "DellaLinear",
     "DeltaOp",
     "Emr",
     "EmrApply",
+    "EvolveCross",
     "Linear",
     "Op",
     "Passthrough",
@@ -54,6 +65,13 @@ OPS: tuple[type[Op], ...] = (
     Slerp,
     TaskArithmetic,
     Ties,
+    DareLinear,
+    DareTies,
+    Breadcrumbs,
+    BreadcrumbsTies,
+    DellaLinear,
+    Della,
+    EvolveCross,
     Emr,
     EmrApply,
     TaskVector,
