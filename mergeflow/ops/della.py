@@ -46,7 +46,7 @@ class DellaLinear(Masking):
     formula = "theta_0 + s sum_i w_i f_i b_i tau_i"
     paper = "arXiv:2406.11617"
     cut = "row"
-    temporaries: ClassVar[int] = 20
+    temporaries: ClassVar[int] = 16
     kept_by = KeptInRows
 
     epsilon: PerInput[Unit] = setting(

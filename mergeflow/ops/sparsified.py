@@ -37,8 +37,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 NORMS: tuple[Rescale, ...] = ("l1", "l2", "linf")
-_MOST_BITS = 1 << 28
-"""Elements, of all deltas of a tensor, whose masks are kept: 32 MiB. Of larger tensors they are found again."""
+_MOST_BITS = 1 << 27
+"""Elements, of all deltas of a tensor, whose masks are kept: 16 MiB. Of larger tensors they are found again."""
 
 
 class Sparsified(DeltaOp):
