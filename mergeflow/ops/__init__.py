@@ -13,10 +13,14 @@ from mergeflow.errors import RecipeError, did_you_mean
 from mergeflow.ops.add import Add
 from mergeflow.ops.arcee_fusion import ArceeFusion
 from mergeflow.ops.base import LEAF, Block, DeltaOp, Op, Reduction, measure
+from mergeflow.ops.breadcrumbs import Breadcrumbs, BreadcrumbsTies
 from mergeflow.ops.cart import Cart
 from mergeflow.ops.cast import Cast
 from mergeflow.ops.consensus import Consensus
+from mergeflow.ops.dare import DareLinear, DareTies
+from mergeflow.ops.della import Della, DellaLinear
 from mergeflow.ops.emr import Emr, EmrApply
+from mergeflow.ops.evolve_cross import EvolveCross
 from mergeflow.ops.iso_c import IsoC
 from mergeflow.ops.iso_cts import IsoCts
 from mergeflow.ops.karcher import Karcher
@@ -49,12 +53,19 @@ __all__ = [
     "Add",
     "ArceeFusion",
     "Block",
+    "Breadcrumbs",
+    "BreadcrumbsTies",
     "Cart",
     "Cast",
     "Consensus",
+    "DareLinear",
+    "DareTies",
+    "Della",
+    "DellaLinear",
     "DeltaOp",
     "Emr",
     "EmrApply",
+    "EvolveCross",
     "IsoC",
     "IsoCts",
     "Karcher",
@@ -102,6 +113,13 @@ OPS: tuple[type[Op], ...] = (
     ModelStock,
     NearSwap,
     ArceeFusion,
+    DareLinear,
+    DareTies,
+    Breadcrumbs,
+    BreadcrumbsTies,
+    DellaLinear,
+    Della,
+    EvolveCross,
     Emr,
     EmrApply,
     Magmax,

@@ -9,7 +9,7 @@ took a fifth less processor time.) Elements equal to the threshold are kept from
 counted leaf by leaf: deltas of bfloat16 models tie in masses. NaN has larger bits than any number: it is kept, and seen.
 
 All of it is made of elementwise operations, counts, and sums in a fixed order, so it gives the same bytes on every
-processor. The same selection finds the largest entries of any score that is computed from the deltas (`Largest`).
+processor. The same selection finds the largest entries of any score that is computed from the deltas (`Selection`).
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import struct
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain, pairwise
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, TypeVar
 
 from mergeflow.errors import RecipeError
 from mergeflow.ops.base import LEAF, Block, Reduction, weighted_sum
@@ -27,6 +27,8 @@ from mergeflow.ops.base import LEAF, Block, Reduction, weighted_sum
 if TYPE_CHECKING:
     from numpy.typing import NDArray
     from torch import Tensor
+
+T = TypeVar("T")
 
 Rounding = Literal["floor", "nearest", "ceil"]
 Rescale = Literal["none", "l1", "l2", "linf", "probability"]
@@ -76,9 +78,33 @@ def kept_of(size: int, density: float, rounding: Rounding) -> int:
     return min(size, max(1, count))
 
 
+class Share(Protocol):
+    """How many elements of a score are above its threshold, of how many it has: of all, or of those that are not 0."""
+
+    @property
+    def not_zero(self) -> bool:
+        """Whether only elements other than 0 count."""
+
+    def of(self, size: int) -> int:
+        """As many of so many elements."""
+
+
+@dataclass(frozen=True, slots=True)
+class Largest:
+    """What trim keeps: the part of the elements that the density says, at least one; of those that are not 0, rounded down."""
+
+    density: float
+    rounding: Rounding = "floor"
+    not_zero: bool = False
+
+    def of(self, size: int) -> int:
+        """As many elements as the density says."""
+        return int(self.density * size) if self.not_zero else kept_of(size, self.density, self.rounding)
+
+
 @dataclass(frozen=True, slots=True)
 class Threshold:
-    """What is known of the smallest magnitude that trim keeps in one delta.
+    """What is known of the smallest of so many magnitudes of one delta, the largest first.
 
     `bits` are its leading bits, with `shift` bits below them not known yet. All elements above are kept, and of the
     `sharing` elements that share these bits `need`: all before leaf `leaf`, and `rest` in it. `factor` multiplies what
@@ -134,24 +160,16 @@ def the_deltas(inputs: Sequence[Tensor], block: Block) -> Sequence[Tensor]:
 
 
 @dataclass(frozen=True, slots=True)
-class Largest:
-    """What a selection keeps: of each score the entries largest in magnitude, as many as its density is a share of.
+class Selection:
+    """What is looked for: a threshold for each share of its score, which are as many; None is a share that is not looked for."""
 
-    Of all entries, at least one; or with `of_others_than_zero` of those that are not 0, rounded down.
-    """
-
-    densities: tuple[float, ...]
-    rounding: Rounding = "floor"
+    shares: tuple[Share | None, ...]
     scores: Scores = the_deltas
-    of_others_than_zero: bool = False
 
-    def count(self, size: int, density: float) -> int:
-        """How many of `size` elements are kept."""
-        return int(density * size) if self.of_others_than_zero else kept_of(size, density, self.rounding)
 
-    def none(self, wide: bool) -> Threshold:
-        """The threshold that no number reaches."""
-        return Threshold(wide, _INFINITY[wide] + 1, 0, 0, 0)
+def nothing(wide: bool) -> Threshold:
+    """The threshold that no number reaches."""
+    return Threshold(wide, _INFINITY[wide] + 1, 0, 0, 0)
 
 
 def trimming(
@@ -161,35 +179,32 @@ def trimming(
     rescale: Rescale,
     scope: Scope = "tensor",
 ) -> Reduction | None:
-    """The next round of finding the thresholds of deltas; the inputs of its blocks are the base and the deltas.
-
-    The last of the rounds knows a `Threshold` for each delta, or None for a delta of density 1, which is not trimmed.
-    """
-    return selecting(known, Largest(tuple(densities), rounding), rescale, scope)
+    """The next round of finding the thresholds of deltas to trim; a delta of density 1 is not trimmed, and has none."""
+    shares = tuple(None if density == 1 else Largest(density, rounding) for density in densities)
+    return selecting(known, Selection(shares), rescale, scope)
 
 
 def selecting(
-    known: tuple[Any, ...], largest: Largest, rescale: Rescale = "none", scope: Scope = "tensor"
+    known: tuple[Any, ...], selection: Selection, rescale: Rescale = "none", scope: Scope = "tensor"
 ) -> Reduction | None:
     """The next round of finding the thresholds of scores, of tensors that are given flat.
 
-    The first round knows a bracket for each score, later ones a `Threshold`, or None for a score of density 1. The second knows
-    None where a bracket did not hold the threshold. Over a model there is no bracket: a sample of each tensor says little about
-    all of them.
+    The first round knows a bracket for each share, later ones a `Threshold`. The second knows None where a bracket did not hold
+    the threshold. Over a model there is no bracket: a sample of each tensor says little about all of them.
     """
-    if all(density == 1 for density in largest.densities):
+    if not any(selection.shares):
         return None
     if not known and scope == "tensor":
-        return _Brackets(largest)
+        return _Brackets(selection)
     if len(known) == 1 and scope == "tensor":
-        return _Inside(largest, known[0], count_leaves=rescale not in ("l1", "l2"))
+        return _Inside(selection, known[0], count_leaves=rescale not in ("l1", "l2"))
     if not known or known[-1] is None:
-        return _Leading(largest)
+        return _Leading(selection)
     found: tuple[Threshold | None, ...] = known[-1]
     if any(one and one.open for one in found):
-        return Digit(found, largest.scores)
+        return Digit(found, selection.scores)
     if any(one and one.leaf is None and (one.divides or rescale in ("l1", "l2")) for one in found):
-        return _AtThreshold(found, largest.scores, rescale)
+        return _AtThreshold(found, selection.scores, rescale)
     return None
 
 
@@ -206,17 +221,22 @@ def trimmed(deltas: Sequence[Tensor], densities: Sequence[float], rescale: Resca
         if one is None:
             result.append(delta)
             continue
-        kept = kept_above(delta, one, block) if one.lowest else delta
+        kept = largest(delta, one, block)
         factor = 1 / density if rescale == "probability" else one.factor
         result.append(scaled(kept, factor, own=kept is not delta))
     return result
 
 
-def kept_above(delta: Tensor, threshold: Threshold, block: Block) -> Tensor:
-    """The part of a delta, or of a score, that a block is: a new tensor, with 0 for the elements that are not kept."""
+def largest(delta: Tensor, threshold: Threshold, block: Block) -> Tensor:
+    """A delta, or a score, with all set to 0 but what a threshold keeps: a new tensor, or itself where nothing is lost.
+
+    The order is by magnitude, and by index among equals, of which the lowest counts as the largest.
+    """
     import torch
 
-    start = block.before * LEAF + block.start
+    if not threshold.lowest:
+        return delta
+    start = block.before * LEAF + block.start  # in whole leaves, where several tensors are measured
     if not threshold.divides:
         return torch.hardshrink(delta, threshold.below())
     assert threshold.leaf is not None
@@ -288,12 +308,12 @@ class _Brackets(Reduction):
 
     sample: ClassVar[bool] = True
 
-    largest: Largest
+    selection: Selection
 
     def block(self, inputs: Sequence[Tensor], block: Block) -> Tensor:
         import torch
 
-        return torch.stack([_magnitude(score) for score in self.largest.scores(inputs, block)])
+        return torch.stack([_magnitude(score) for score in self.selection.scores(inputs, block)])
 
     def merge(self, parts: Sequence[Tensor]) -> Tensor:
         import torch
@@ -304,20 +324,20 @@ class _Brackets(Reduction):
         import numpy as np
 
         found: list[_Bracket | None] = []
-        for row, density in zip(total, self.largest.densities, strict=True):
+        for row, share in zip(total, self.selection.shares, strict=True):
             sample = np.asarray(row.cpu())
-            if self.largest.of_others_than_zero:
+            if share is not None and share.not_zero:
                 sample = sample[sample != 0]
-            found.append(None if density == 1 else _bracket(sample, density))
+            found.append(None if share is None else _bracket(sample, share))
         return tuple(found)
 
 
-def _bracket(sample: NDArray[Any], density: float) -> _Bracket:
-    """The magnitudes between which the element is that `density` keeps last, judged by a sample."""
+def _bracket(sample: NDArray[Any], share: Share) -> _Bracket:
+    """The magnitudes between which the last element of a share is, judged by a sample."""
     import numpy as np
 
     size, reach = len(sample), int(_MARGIN * len(sample)) + 8
-    first, last = int(density * size) - reach, int(density * size) + reach
+    first, last = share.of(size) - reach, share.of(size) + reach
     return (
         _nth_largest(sample, last) if last <= size else 0,
         _nth_largest(sample, first) if first > 0 else int(np.iinfo(sample.dtype).max),
@@ -360,7 +380,7 @@ class _Collected:
 class _Inside(Reduction):
     """The elements inside each bracket, among which the threshold is chosen; None where they are too many to hold."""
 
-    largest: Largest
+    selection: Selection
     brackets: tuple[_Bracket | None, ...]
     count_leaves: bool
 
@@ -368,11 +388,12 @@ class _Inside(Reduction):
         import numpy as np
 
         elements, above, by_leaf, values = [], [], [], []
-        for score, bracket in zip(self.largest.scores(inputs, block), self.brackets, strict=True):
-            if bracket is None:
+        scores = self.selection.scores(inputs, block)
+        for score, share, bracket in zip(scores, self.selection.shares, self.brackets, strict=True):
+            if share is None or bracket is None:
                 continue
             low, high = bracket
-            elements.append(int(score.count_nonzero()) if self.largest.of_others_than_zero else len(score))
+            elements.append(int(score.count_nonzero()) if share.not_zero else len(score))
             array = np.asarray(_magnitude(score).sub_(low).cpu())
             # Below the bracket is negative, which is large as an unsigned number: one comparison finds what is inside.
             inside = array.view(f"u{array.itemsize}") <= high - low
@@ -401,15 +422,15 @@ class _Inside(Reduction):
             return None
         collected = zip(total.elements, total.above, total.by_leaf, total.values, strict=True)
         found: list[Threshold | None] = []
-        for density, bracket in zip(self.largest.densities, self.brackets, strict=True):
-            if bracket is None:
+        for share, bracket in zip(self.selection.shares, self.brackets, strict=True):
+            if share is None or bracket is None:
                 found.append(None)
                 continue
             elements, above, by_leaf, parts = next(collected)
             values = np.concatenate(parts)
-            count = self.largest.count(elements, density)
+            count = share.of(elements)
             if count == 0:
-                found.append(self.largest.none(values.itemsize == 8))
+                found.append(nothing(values.itemsize == 8))
                 continue
             need = count - above
             if not 0 < need <= len(values):
@@ -441,19 +462,19 @@ class _Counts(Reduction):
 class _Leading(_Counts):
     """The histogram of the leading 15 bits of float32 magnitudes, or 16 of float64 ones: its length tells which.
 
-    One bin more counts the elements that the density is no share of.
+    One bin more counts the elements that the share is none of.
     """
 
-    largest: Largest
+    selection: Selection
 
     def block(self, inputs: Sequence[Tensor], block: Block) -> Tensor:
         import torch
 
         rows = []
-        for score, density in zip(self.largest.scores(inputs, block), self.largest.densities, strict=True):
-            if density < 1:
+        for score, share in zip(self.selection.scores(inputs, block), self.selection.shares, strict=True):
+            if share is not None:
                 row = leading_digits(score)
-                zeros = len(score) - int(score.count_nonzero()) if self.largest.of_others_than_zero else 0
+                zeros = len(score) - int(score.count_nonzero()) if share.not_zero else 0
                 rows.append(torch.cat([row, row.new_tensor([zeros])]))
         return torch.stack(rows)
 
@@ -461,13 +482,13 @@ class _Leading(_Counts):
         wide = total.shape[1] > _BINS[True]
         rows = iter(total)
         found: list[Threshold | None] = []
-        for density in self.largest.densities:
-            if density == 1:
+        for share in self.selection.shares:
+            if share is None:
                 found.append(None)
                 continue
             counts = next(rows)
-            kept = self.largest.count(int(counts[:-1].sum()) - int(counts[-1]), density)
-            found.append(at_rank(counts[:-1], kept) if kept else self.largest.none(wide))
+            kept = share.of(int(counts[:-1].sum()) - int(counts[-1]))
+            found.append(at_rank(counts[:-1], kept) if kept else nothing(wide))
         return tuple(found)
 
 
@@ -546,7 +567,7 @@ class _AtThreshold(Reduction):
                 columns.append(_leaves(score.abs().eq_(one.at())).sum(1).double())  # counts, exact in any order
             if self.rescale in ("l1", "l2"):
                 kept = torch.hardshrink(score, one.at() if one.divides else one.below())
-                columns += [leaf_sums(_powers(each, self.rescale)) for each in (score, kept)]
+                columns += [leaf_sums(powers(each, self.rescale)) for each in (score, kept)]
         return torch.stack(columns, dim=1)
 
     def merge(self, parts: Sequence[Tensor]) -> Tensor:
@@ -568,7 +589,7 @@ class _AtThreshold(Reduction):
                 if self.rescale in ("l1", "l2"):
                     before, above = (math.fsum(next(columns).tolist()) for _ in range(2))
                     power = 2 if self.rescale == "l2" else 1
-                    factor = _factor(before ** (1 / power), (above + kept_there * one.at() ** power) ** (1 / power))
+                    factor = factor_of(before ** (1 / power), (above + kept_there * one.at() ** power) ** (1 / power))
                 one = replace(one, leaf=leaf, rest=rest, factor=factor)
             found.append(one)
         return tuple(found)
@@ -607,9 +628,22 @@ def _bucket(counts: Tensor, need: int) -> tuple[int, int, int]:
     return len(counts) - 1 - above, need - (int(from_top[above]) - share), share
 
 
-def _powers(delta: Tensor, norm: Rescale) -> Tensor:
-    """What a norm sums: |x| or x^2, in float64."""
-    return delta.double().square() if norm == "l2" else delta.abs().double()
+def powers(delta: Tensor, norm: Rescale) -> Tensor:
+    """What a norm is made of: x^2 in float64 (l2), or |x| (l1, linf)."""
+    return delta.double().square() if norm == "l2" else delta.abs()
+
+
+def masked(values: Tensor, mask: Tensor) -> Tensor:
+    """The values where a mask of truth values is true, else 0, as a new tensor. A NaN or Inf stays one, or becomes one."""
+    import numpy as np
+    import torch
+
+    if not values.is_cpu:
+        return values * mask
+    found = torch.empty_like(values)
+    with np.errstate(invalid="ignore"):  # numpy multiplies by truth values in a third of the time
+        np.multiply(values.numpy(), mask.numpy(), out=found.numpy())
+    return found
 
 
 def _leaves(values: Tensor) -> Tensor:
@@ -622,15 +656,45 @@ def _leaves(values: Tensor) -> Tensor:
 
 
 def leaf_sums(values: Tensor) -> Tensor:
-    """The sum of each leaf, by halves, so that no processor's vector width changes a bit."""
+    """The sum of each leaf of values >= 0, in float64, by halves, so that no processor's vector width changes a bit.
+
+    The first three halvings are made in the values' dtype, which costs half the time: eight float32 values of one sign lose less
+    than 2e-7 of their sum, and their errors do not add up.
+    """
+    import torch
+
     rows = _leaves(values)
+    while rows.shape[1] > LEAF >> 3:
+        left, right = rows.tensor_split(2, dim=1)
+        rows = left + right
+    rows = rows.double()
+    if rows.is_cpu:  # calling torch for so few numbers costs more than they do
+        array = rows.numpy()
+        while (width := array.shape[1] // 2) > 0:
+            array = array[:, :width] + array[:, width:]
+        return torch.from_numpy(array[:, 0])
     while rows.shape[1] > 1:
         left, right = rows.tensor_split(2, dim=1)
         rows = left + right
     return rows[:, 0]
 
 
-def _factor(before: float, after: float) -> float:
+def norm_parts(values: Tensor, norm: Rescale) -> Tensor:
+    """What is put together of `powers` of a stretch of whole leaves, or of rows, to make a norm: sums, or the largest."""
+    if norm != "linf":
+        return leaf_sums(values)
+    return values.amax().double().reshape(1) if values.numel() else values.new_zeros(1).double()
+
+
+def norm_of(parts: Sequence[float], norm: Rescale) -> float:
+    """The norm of a tensor from the parts of all its stretches."""
+    if norm == "linf":
+        return math.nan if any(map(math.isnan, parts)) else max(parts, default=0.0)
+    total = math.fsum(parts)
+    return math.sqrt(total) if norm == "l2" else total
+
+
+def factor_of(before: float, after: float) -> float:
     """before / after; 1 where there is nothing to make up for, or a NaN or Inf among the elements."""
     if before < _NO_NORM or after < _NO_NORM:
         return 1.0

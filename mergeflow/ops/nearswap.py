@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from mergeflow.ops.base import Block, DeltaOp, number
-from mergeflow.settings import NotNegative, Setting, setting
+from mergeflow.settings import NonNegative, Setting, setting
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -25,7 +25,7 @@ class NearSwap(DeltaOp):
     most = 1
     shows_non_finite = False
 
-    t: Setting[NotNegative] = setting(..., "How far an entry moves at most.")
+    t: Setting[NonNegative] = setting(..., "How far an entry moves at most.")
 
     def combine(self, deltas: Sequence[Tensor], block: Block) -> Tensor:
         """clamp(tau_1, -t, t)"""

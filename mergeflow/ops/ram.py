@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from mergeflow.ops.base import Block, DeltaOp, Reduction, number
-from mergeflow.settings import NotNegative, Setting, setting
+from mergeflow.settings import NonNegative, Setting, setting
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -25,7 +25,7 @@ class Ram(DeltaOp):
     formula = "theta_0 + sum_i m_i tau_i / max(1, sum_i m_i), m_i = [|tau_i| > epsilon]"
     paper = "arXiv:2601.13572"
 
-    epsilon: Setting[NotNegative] = setting(1e-5, "Entries that moved no farther than this count as unchanged.")
+    epsilon: Setting[NonNegative] = setting(1e-5, "Entries that moved no farther than this count as unchanged.")
 
     def combine(self, deltas: Sequence[Tensor], block: Block) -> Tensor:
         """sum_i m_i tau_i / max(1, sum_i m_i)"""
@@ -47,8 +47,8 @@ class RamPlus(Ram):
     name = "ramplus"
     formula = "ram, with entries of one m_i alone times 1 + r clamp(shared_i / unique_i, 0, alpha)"
 
-    r: Setting[NotNegative] = setting(0.1, "How much of the ratio is added.")
-    alpha: Setting[NotNegative] = setting(0.2, "The greatest ratio that counts.")
+    r: Setting[NonNegative] = setting(0.1, "How much of the ratio is added.")
+    alpha: Setting[NonNegative] = setting(0.2, "The greatest ratio that counts.")
 
     def reduction(self, known: tuple[Any, ...]) -> Reduction | None:
         """One round: how many entries each input changed alone, and with others."""

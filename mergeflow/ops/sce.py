@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import Field
 
 from mergeflow.ops.base import LEAF, Block, DeltaOp, Reduction, number
-from mergeflow.ops.deltas import Largest, agreeing, kept_above, scaled, selecting, trimming_bytes
+from mergeflow.ops.deltas import Largest, Selection, agreeing, largest, scaled, selecting, trimming_bytes
 from mergeflow.ops.gram import exact_sum
 from mergeflow.settings import Setting, Unit, setting
 
@@ -49,14 +49,15 @@ class Sce(DeltaOp):
     )
 
     @property
-    def _largest(self) -> Largest:
-        return Largest((number(self.select_topk),), scores=_scores, of_others_than_zero=True)
+    def _selection(self) -> Selection:
+        topk = number(self.select_topk)
+        return Selection((Largest(topk, not_zero=True) if topk < 1 else None,), _scores)
 
     def reduction(self, known: tuple[Any, ...]) -> Reduction | None:
         """The rounds that find the threshold of the variance, none at `select_topk` 1; then the sums of squares."""
         if known and isinstance(known[-1], _Weights):
             return None
-        return selecting(known, self._largest) or _Squares(self._largest)
+        return selecting(known, self._selection) or _Squares(self._selection)
 
     def measure_bytes(self, inputs: int) -> int:
         """What finding the threshold holds at most."""
@@ -110,7 +111,7 @@ def _selected(deltas: Sequence[Tensor], known: tuple[Any, ...], block: Block) ->
 
     if not known:
         return deltas
-    kept = kept_above(_variance(deltas), known[-1][0], block)
+    kept = largest(_variance(deltas), known[-1][0], block)
     selected = torch.ne(kept, 0, out=kept)
     return [delta * selected for delta in deltas]
 
@@ -119,7 +120,7 @@ def _selected(deltas: Sequence[Tensor], known: tuple[Any, ...], block: Block) ->
 class _Squares(Reduction):
     """The sum of squares of what is selected of each delta, (leaves, deltas) in float64, and the weights they make."""
 
-    largest: Largest
+    selection: Selection
 
     def block(self, inputs: Sequence[Tensor], block: Block) -> Tensor:
         import torch
