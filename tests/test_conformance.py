@@ -45,9 +45,7 @@ DECLARED: dict[str, dict[str, Any]] = {
     "iso_cts": {"alone": False},
     "knots": {"averages": True},
     "star": {"alone": False},
-    # Around the average, which weights do not move.
-    "cart": {"averages": True, "test_weight_one_on_one_input_and_none_on_the_others_gives_it": None},
-    "wudi": {"alone": False},  # Adam starts at the minimum and makes steps of what rounding leaves of the gradient
+    "cart": {"averages": True},
     "evolve_cross": {"averages": True},
 }
 """What the classes of ops do not say of themselves, by op (see `OpConformance`)."""

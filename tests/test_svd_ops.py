@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -70,6 +70,15 @@ ELEMENTWISE: list[Callable[[], DeltaOp]] = [
     Widen,
     lambda: Widen(side="rows"),
 ]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    """As in a run, where each op has one; small products are slower with more."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 def normal(*shape: int, seed: int, dtype: torch.dtype = torch.float32, spread: float = 0.02) -> torch.Tensor:
@@ -767,7 +776,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """`base` and three fine-tunes of it, with a tensor of several segments and one of one axis."""
     folder = tmp_path_factory.mktemp("models")
     draw = np.random.default_rng(0)
-    forms = {"embed_tokens.weight": (40_000, 24), "layers.0.mlp.weight": (48, 64), "layers.0.mlp.bias": (700,)}
+    forms = {"embed_tokens.weight": (20_000, 24), "layers.0.mlp.weight": (48, 64), "layers.0.mlp.bias": (700,)}
     base = {name: draw.standard_normal(shape).astype(np.float32) / 50 for name, shape in forms.items()}
     write_model(folder / "base", base)
     for name in "abc":
