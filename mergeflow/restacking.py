@@ -32,6 +32,8 @@ INDICES = (
     "hybrid_layer_ids",
     "full_attn_idxs",
     "full_attn_layers",
+    "fullatt_block_indexes",
+    "deepstack_visual_indexes",
 )
 """Lists of the numbers of some layers, not of one value for each."""
 PERIODS = (
@@ -151,6 +153,8 @@ class _Restacking:
                 section[key] = [
                     n for n, (one, theirs) in enumerate(own) if one.model_layer in (value if theirs is None else theirs)
                 ]
+            elif key == "attention_types":
+                section[key] = self._types(value, path)
             elif len(value) == self.before and self._speaks_of_layers(key):
                 section[key] = self._followed(key, value, path)
                 followed = True
@@ -162,6 +166,26 @@ class _Restacking:
                     f"`{key}: {section[key]}` of config.json gives layers their kind by their number, and in "
                     f"'{self.stacked.blocks}' layers have moved. Take whole periods, or set the kinds under `config:`"
                 )
+
+    def _types(self, value: list[Any], path: Path) -> list[Any]:
+        """GPT-Neo's way to say it, which must agree with its list: `[[["global", "local"], 12]]`."""
+
+        def spelt(given: list[Any] | None) -> list[Any] | None:
+            try:
+                return (
+                    None if given is None else [kind for kinds, times in given for _ in range(times) for kind in kinds]
+                )
+            except (TypeError, ValueError):
+                return None
+
+        own = spelt(value)
+        if own is None or len(own) != self.before:
+            return value
+        found = []
+        for one in self.stacked.layers:
+            theirs = spelt(self._said_of(one.model, path, "attention_types")) or own
+            found.append(theirs[min(one.model_layer, len(theirs) - 1)])
+        return value if found == own else [[found, 1]]
 
     def _speaks_of_layers(self, key: str) -> bool:
         if _NOT_LAYERS.search(key):

@@ -55,7 +55,7 @@ class Family:
     config: Callable[[], Any]
     blocks: str
     before: Sequence[str]
-    counts: Mapping[str, int]
+    counts: Mapping[str, Any]
     """What config.json must say afterwards of the layers, now five."""
     named: bool = False
     """Whether the recipe must name the stack."""
@@ -88,6 +88,20 @@ FAMILIES = {
         "transformer.h",
         ["transformer.wte.weight", "transformer.wpe.weight"],
         {"n_layer": 5},
+    ),
+    "gpt neo, with its own way to say kinds": Family(
+        transformers.AutoModelForCausalLM,
+        lambda: transformers.GPTNeoConfig(
+            vocab_size=64,
+            hidden_size=16,
+            num_layers=4,
+            num_heads=2,
+            max_position_embeddings=32,
+            attention_types=[[["global", "local"], 2]],
+        ),
+        "transformer.h",
+        ["transformer.wte.weight", "transformer.wpe.weight"],
+        {"num_layers": 5, "attention_layers": ["global", "local", "local", "global", "global"]},
     ),
     "bert": Family(
         transformers.AutoModel,
@@ -854,7 +868,7 @@ def test_files_are_no_larger_than_those_of_like(tmp_path: Path) -> None:
 
 def test_plan_card_and_manifest_say_which_layer_came_from_where(shop: Shop) -> None:
     node = stack(("a", "0-2"), ("b", "2"), ("b", "3"), ("a", "0", 0.5))
-    assert "'m' has 6 layers: 0-2 are a 0-2, 3-4 are b 2-3, 5 are a 0" in shop.plan(node).notes
+    assert "'m' has 6 layers: 0-2 <- a 0-2, 3-4 <- b 2-3, 5 <- a 0" in shop.plan(node).notes
     out = shop.make(node)
     card = (out / "README.md").read_text()
     assert "## Layers\n\n`model.layers`, as node `m` stacks it:\n\n| layers | from | its layers |\n" in card
@@ -1029,6 +1043,14 @@ def test_stacks_of_stacks_do_not_grow_without_end(shop: Shop) -> None:
     assert any(
         f"the stack would have 16384 layers, and {MOST_LAYERS} are the most. Take fewer." in line for line in lines
     )
+
+
+def test_an_artifact_has_no_layers_to_stack(shop: Shop) -> None:
+    merged = {"op": "emr", "base": "a", "inputs": ["b"]}
+    assert shop.refused(stack((merged, "0-1"))) == [
+        "recipe.nodes.m.layers.0: 'm.0' is an artifact, and has no layers to stack. Stack models or deltas, such as what "
+        "`emr_apply` makes of an artifact."
+    ]
 
 
 def test_tensors_in_memory_cannot_be_stacked() -> None:

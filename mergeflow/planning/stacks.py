@@ -131,6 +131,11 @@ class StackTable(NodeTable):
         given = self.op.blocks
         owners: list[tuple[Table, int | None]] = [(table, index) for index, table in enumerate(self.inputs)]
         owners += [(self.rest, None)] if self.rest else []
+        for table, index in owners:
+            if table.space not in ("weight", "delta"):
+                fix = "Stack models or deltas, such as what `emr_apply` makes of an artifact."
+                self._problem(f"'{self.owner(index)}' is an {table.space}, and has no layers to stack", index, fix)
+                return None
         own = self.stacks_of(self.model)
         if given is None:
             for table, index in owners:
@@ -351,7 +356,7 @@ class StackTable(NodeTable):
         """A note that says which layer comes from where."""
         own = Stacked(self.node.name, blocks, tuple(LayerSource(self.owner(i), n, "", n) for i, n in taken))
         runs = own.runs()
-        shown = [f"{to} are {source} {layers}" for to, source, layers in runs[:20]]
+        shown = [f"{to} <- {source} {layers}" for to, source, layers in runs[:20]]
         more = f" and {len(runs) - 20} runs more" if len(runs) > 20 else ""
         self.findings.notes[f"'{self.node.name}' has {len(taken)} layers: {', '.join(shown)}{more}"] = None
 
