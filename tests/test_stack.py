@@ -599,6 +599,12 @@ def test_what_the_last_model_lacks_or_has_outside_the_blocks_is_an_error_and_res
         f"recipe.nodes.m.layers.1: 'c' has 'score.weight' after the blocks, which 'a' lacks. {fix}",
     ]
     assert "lm_head.weight" in made(shop.make(stack(("a", "0-1"), ("c", "0-1"), rest={"model": "a"})))
+    bare = {k: v for k, v in toy(3).items() if "embed" not in k}
+    shop.model("bare", bare)
+    assert shop.refused(stack(("bare", "0-1"), ("a", "0-1"))) == [
+        "recipe.nodes.m.layers.1: 'a' has 'model.embed_tokens.weight' before the blocks, which 'bare' lacks. "
+        f"{fix.replace('model: a', 'model: bare')}"
+    ]
     wide = {**toy(3), "lm_head.weight": np.ones((9, 3), np.float32)}
     shop.model("d", wide)
     assert shop.refused(stack(("a", "0-1"), ("d", "0-1"))) == [

@@ -322,8 +322,9 @@ class StackTable(NodeTable):
                 what = f"{{names}} is {stored.dtype.name} in '{other}' and {mine.dtype.name} in '{owner}'"
                 self._gather(-1, what, fix, name)
         for name in last.tensors:
-            if name not in found and not _is_in(name, blocks) and not stands_before(name, blocks):
-                what = f"'{other}' has {{names}} after the blocks, which '{owner}' lacks"
+            if name not in found and not _is_in(name, blocks):
+                side = "before" if stands_before(name, blocks) else "after"
+                what = f"'{other}' has {{names}} {side} the blocks, which '{owner}' lacks"
                 self._gather(-1, what, self._tie_fix(name, last) or fix, name)
         return found
 
