@@ -146,13 +146,55 @@ class EqualTensors:
     dropped: StoredTensor
 
 
+@dataclass(frozen=True, slots=True)
+class LayerSource:
+    """Where a layer of a stack comes from: a layer of a model or node, which the recipe calls `source`.
+
+    `model` is the entry of `models:` that the names and the config of that layer come from, `model_layer` its number there.
+    """
+
+    source: str
+    layer: int
+    model: str
+    model_layer: int
+
+
+@dataclass(frozen=True, slots=True)
+class Stacked:
+    """A numbered stack that the node `node` made: its prefix, and where each of its layers comes from, in order.
+
+    `like` holds the number of layers of each stack of the model whose config the output takes.
+    """
+
+    node: str
+    blocks: str
+    layers: tuple[LayerSource, ...]
+    like: Mapping[str, int] = field(default_factory=dict)
+
+    def runs(self) -> list[tuple[str, str, str]]:
+        """Layers, the model or node they come from, and which these are there, as ranges: `("4-7", "b", "8-11")`."""
+        runs: list[tuple[int, int]] = []
+        for n, one in enumerate(self.layers):
+            before = self.layers[n - 1]
+            if n and (one.source, one.layer) == (before.source, before.layer + 1):
+                runs[-1] = runs[-1][0], n
+            else:
+                runs.append((n, n))
+
+        def span(first: int, last: int) -> str:
+            return str(first) if first == last else f"{first}-{last}"
+
+        own = self.layers
+        return [(span(a, b), own[a].source, span(own[a].layer, own[b].layer)) for a, b in runs]
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Plan:
     """Everything that headers can tell about a run.
 
     `recipe` is the resolved recipe; `models` are the opened checkpoints by the recipe's names; `spaces` says of each output
-    what its tensors are; `loads` are all tensors that rows read, once each. `parts` are named digests of all that decides
-    the result, `digest` a hex BLAKE3 over them.
+    what its tensors are, `stacks` which of its numbered stacks `stack` made; `loads` are all tensors that rows read, once
+    each. `parts` are named digests of all that decides the result, `digest` a hex BLAKE3 over them.
     """
 
     name: str
@@ -168,6 +210,7 @@ class Plan:
     digest: str = ""
     parts: Mapping[str, str] = field(default_factory=dict)
     spaces: Mapping[str, str] = field(default_factory=dict)
+    stacks: Mapping[str, tuple[Stacked, ...]] = field(default_factory=dict)
 
     @property
     def bytes_in(self) -> int:

@@ -134,10 +134,12 @@ def plan(recipe: Recipe, *, out: str | Path | None = None) -> Plan:
                 recipe_name=recipe.name,
                 description=recipe.description,
                 resolved_recipe=_portable(recipe, Path(out or recipe.name), output.key),
-                ops=_ops(rows),
+                ops=sorted([*_ops(rows), *([("stack", None)] if made.stacks[output.key] else [])]),
                 tied=False if output.tied == "untie" else None,
                 space=made.spaces[output.key],
                 quantised=keeps_quantisation(rows, like, made.models[like]),
+                stacks=made.stacks[output.key],
+                configs={name: checkpoint.config or {} for name, checkpoint in made.models.items()},
             )
         except MergeflowError as error:
             raise error.placed(recipe.where(output.path)) from None
@@ -571,6 +573,12 @@ def _manifest(made: Plan, finished: Mapping[int, Finished], beside: Mapping[str,
         for index, row in enumerate(made.rows)
         if row.output == key
     }
+    layers = {
+        stacked.blocks: [
+            {"layers": to, "source": source, "source_layers": layers} for to, source, layers in stacked.runs()
+        ]
+        for stacked in made.stacks.get(key, ())
+    }
     data = {
         "format": MANIFEST_FORMAT,
         "name": made.name,
@@ -580,6 +588,7 @@ def _manifest(made: Plan, finished: Mapping[int, Finished], beside: Mapping[str,
         "software": {"mergeflow": __version__, "torch": version("torch"), "machine": platform.machine()},
         "inputs": inputs,
         "tensors": tensors,
+        **({"layers": layers} if layers else {}),
         "files": {
             name: {"size": len(content), "digest": blake3(content).hexdigest()}
             for name, content in ((name, path.read_bytes()) for name, path in beside.items())

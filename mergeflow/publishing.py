@@ -18,7 +18,8 @@ from typing import TYPE_CHECKING, Any
 from mergeflow.document import dump_yaml
 from mergeflow.dtypes import BY_NAME
 from mergeflow.errors import InputError, RecipeError, printable
-from mergeflow.graph import SideFile
+from mergeflow.graph import SideFile, Stacked
+from mergeflow.restacking import restacked
 
 if TYPE_CHECKING:
     from mergeflow.checkpoint import Checkpoint
@@ -106,6 +107,8 @@ def side_files(
     tied: bool | None,
     space: str,
     quantised: bool = False,
+    stacks: Sequence[Stacked] = (),
+    configs: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> tuple[tuple[SideFile, ...], tuple[str, ...]]:
     """The files beside an output's shards, sorted by name, and the warnings that go with them.
 
@@ -113,8 +116,9 @@ def side_files(
     and token ids; `inputs` are the checkpoints the output is made of, in the recipe's order. `dtypes` counts the bytes
     written in each dtype (torch's names). `config` and `card` are the recipe's overrides, `ops` the ops used with their
     papers. `tied` sets the flag of tied embeddings, None leaves it. `quantised` says that the tensors are `like`'s quantised
-    ones as stored, so that what it says of them is kept. Raises InputError for JSON that cannot be read,
-    RecipeError for a card that YAML cannot say.
+    ones as stored, so that what it says of them is kept. `stacks` are the numbered stacks that were made of layers, whose
+    count and lists the config follows, and `configs` those of the models that layers come from. Raises InputError for JSON
+    that cannot be read, RecipeError for a card that YAML cannot say.
     """
     where = f"outputs.{output}" if output else "output"
     if tokenizer is None:
@@ -135,7 +139,9 @@ def side_files(
         warnings += _code(like, like_name, where)
         warnings += _modules(like, like_name, where)
         if like.config is not None:
-            made = _config(like.config, {} if quantised else dtypes, config, tied, follow, quantised)
+            source, lints = restacked(like.config, stacks, configs or {}, config)
+            warnings += [f"{where}: {lint}" for lint in lints]
+            made = _config(source, {} if quantised else dtypes, config, tied, follow, quantised)
             write(CONFIG, _json(made, like_name))
         generation = _generation(like, follow)
         if generation is not None:
@@ -155,7 +161,7 @@ def side_files(
         matter = _front_matter(like, made, inputs, card, space)
     except RecipeError as error:
         raise error.placed(f"{where}.card") from None
-    write(CARD, matter + _card_text(title, description, inputs, ops, recipe, space))
+    write(CARD, matter + _card_text(title, description, inputs, ops, recipe, space, stacks))
     write(RECIPE, recipe)
     return tuple(files[name] for name in sorted(files)), tuple(warnings)
 
@@ -493,6 +499,7 @@ def _card_text(
     ops: Sequence[tuple[str, str | None]],
     recipe: str,
     space: str,
+    stacks: Sequence[Stacked],
 ) -> str:
     """The card's words. The description is quoted, so that a fence or a tag left open in it ends with it."""
     parts = [f"# {title}"]
@@ -510,6 +517,8 @@ def _card_text(
     if ops:
         used = dict.fromkeys(ops)
         parts += ["## Ops", "\n".join(f"- `{name}`" + (f" ({_paper(paper)})" if paper else "") for name, paper in used)]
+    if stacks:
+        parts += ["## Layers", *map(_layers_table, stacks)]
     fence = "`" * max(3, 1 + max((len(run) for run in re.findall(r"`+", recipe)), default=0))
     parts += [
         "## How it was made",
@@ -519,6 +528,13 @@ def _card_text(
         f"{fence}yaml\n{recipe}{fence}",
     ]
     return "\n\n".join(parts) + "\n"
+
+
+def _layers_table(stacked: Stacked) -> str:
+    """Which layers of a stack come from where."""
+    rows = [f"| {to} | {_cell(source)} | {layers} |" for to, source, layers in stacked.runs()]
+    title = f"{_cell(stacked.blocks)}, as node {_cell(stacked.node)} stacks it" if stacked.blocks else "The stack"
+    return "\n".join([f"{title}:\n", "| layers | from | its layers |", "| --- | --- | --- |", *rows])
 
 
 def _cell(text: str) -> str:

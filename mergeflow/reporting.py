@@ -143,8 +143,11 @@ def mermaid(recipe: Recipe) -> str:
         for index, one in enumerate(node.inputs):
             rule = node.rules[index] if node.rules else None
             words = f'|"{_label(", ".join(rule))}"|' if rule else ""
+            if node.takes:
+                first, last = node.takes[index]
+                words = f'|"{first if first == last else f"{first}-{last}"}"|'
             lines.append(f"  {ids[one.model]} -->{words} {ids[name]}")
-        for word, other in (("base", node.base), ("others", node.others)):
+        for word, other in (("base", node.base), ("others", node.others), ("rest", node.rest)):
             if other:
                 lines.append(f"  {ids[other]} -. {word} .-> {ids[name]}")
     for index, output in enumerate(recipe.outputs.values()):

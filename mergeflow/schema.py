@@ -35,6 +35,7 @@ from mergeflow.recipe import (
     OthersModel,
     OutputSection,
     SelectRule,
+    StackRest,
     input_section,
     node_section,
 )
@@ -42,11 +43,14 @@ from mergeflow.settings import _last_rule_is_open
 
 DIALECT = "http://json-schema.org/draft-07/schema#"
 VARIABLE = r"^\$\{[^{}]+\}$"
+TAKE = r"^[0-9]{1,9}(-[0-9]{1,9})?$"
 SIZE = r"^\s*\d+(\.\d+)?\s*([kKMGT]i?)?B\s*$"
 
 Schema = dict[str, Any]
 
-_GRAMMAR = ("op", "base", "model", "emr", "inputs", "rules")
+_GRAMMAR = ("op", "base", "model", "emr", "inputs", "rules", "layers", "rest")
+_LISTED = ("inputs", "layers")
+"""The lists whose items are sections of the op's own."""
 _REFS = "#/definitions/{model}"
 _SHARED_FROM = 3
 _WORTH_SHARING = 200
@@ -212,9 +216,10 @@ def _definitions(ops: Sequence[type[Op]]) -> dict[str, Schema]:
         OutputSection: "output",
         OthersModel: "others.model",
         SelectRule: "rule.select",
+        StackRest: "rest.stack",
     }
     names |= {node_section(op): f"node.{op.name}" for op in ops}
-    names |= {input_section(op): f"input.{op.name}" for op in ops if op.takes == "inputs"}
+    names |= {input_section(op): f"input.{op.name}" for op in ops if op.takes in _LISTED}
     refs, found = models_json_schema(
         [(model, "validation") for model in names], ref_template=_REFS, schema_generator=_Draft7
     )
@@ -225,10 +230,15 @@ def _definitions(ops: Sequence[type[Op]]) -> dict[str, Schema]:
     sections: dict[str, Schema] = {called[key]: _adapted(raw[key], called) for key in raw}
     for op in ops:
         _open_node(op, sections[f"node.{op.name}"])
-    for name in ("others.model", "rule.select", *(f"input.{op.name}" for op in ops if op.takes == "inputs")):
+    inputs = [f"input.{op.name}" for op in ops if op.takes in _LISTED]
+    for name in ("others.model", "rule.select", "rest.stack", *inputs):
         _open_references(sections[name])
     _open_model(sections["model"])
     _open_model(sections["artifact"])
+    for name in (f"input.{op.name}" for op in ops if op.takes == "layers"):
+        own = sections[name]["properties"]["take"]
+        words = {"type": ["integer", "string"], "minimum": 0, "pattern": f"{TAKE}|{VARIABLE}"}
+        sections[name]["properties"]["take"] = {**words, "description": own["description"]}
     size = sections["output"]["properties"]["shard_size"]
     size.update({"type": ["integer", "string"], "pattern": f"{SIZE}|{VARIABLE}"})
     shared = _shared(sections)
@@ -310,7 +320,10 @@ def _open_node(op: type[Op], section: Schema) -> None:
     section["description"] = properties["op"]["description"] = "\n\n".join(lines)
     _open_references(section)
     name = {"type": "string", "minLength": 1, "description": "The name of a model or node."}
-    if op.takes in ("inputs", "rules"):
+    if op.takes == "layers":
+        given = properties["rest"]
+        properties["rest"] = {"anyOf": [_ref("rest.stack"), _ref("node")], "description": given["description"]}
+    elif op.takes in ("inputs", "rules"):
         key = op.takes
         items = {"anyOf": [name, properties[key]["items"], _ref("node")]}
         bounds = {"minItems": op.fewest, **({"maxItems": op.most} if op.most is not None else {})}
@@ -423,7 +436,7 @@ def example(op: type[Op]) -> str:
     """A small complete recipe with the op and each of its parameters."""
     count = min(max(op.fewest, 2), op.most or 2)
     names = ["first", "second", "third", *(f"model_{i}" for i in range(4, count + 1))][:count]
-    pair = op.takes in ("rules", "emr")
+    pair = op.takes in ("rules", "layers", "emr")
     models = [*(["base"] if op.needs_base else []), *(["first", "second"] if pair else names)]
     deltas = getattr(op, "deltas_only", False)
     items = [f"{{op: task_vector, base: base, model: {name}}}" if deltas else name for name in names]
@@ -445,6 +458,13 @@ def example(op: type[Op]) -> str:
         lines.append("    emr: kept")
     elif op.takes == "rules":
         lines += ["    rules:", '      - {match: "*.self_attn.*", model: first}', "      - {model: second}"]
+    elif op.takes == "layers":
+        lines += [
+            "    layers:",
+            '      - {model: first, take: "0-1"}',
+            '      - {model: second, take: "1-2"}',
+            "    rest: {model: first}",
+        ]
     else:
         lines += ["    inputs:", *(f"      - {item}" for item in items)]
     given = [
@@ -516,6 +536,11 @@ def _takes(op: type[Op]) -> str:
         words = "emr: a node with `op: emr`, or an artifact"
     elif op.takes == "rules":
         words = "rules: a list of {match: ..., model: ...}, the last without match"
+    elif op.takes == "layers":
+        words = (
+            'layers: a list of {model: ..., take: "0-15"}, models or nodes; '
+            "rest: {model: ...}, for what is outside the blocks (may be left out)"
+        )
     else:
         count = str(op.fewest) if op.most == op.fewest else f"{op.fewest} or more"
         if op.most is not None and op.most != op.fewest:

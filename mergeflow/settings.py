@@ -56,6 +56,12 @@ _LAYER = re.compile(r"(?:^|\.)([0-9]+)\.")
 """The first all-digit component of a name that something follows."""
 
 
+def in_stack(name: str) -> tuple[str, int, str] | None:
+    """A name's stack, its layer there, and what follows the number; None outside the blocks."""
+    found = _LAYER.search(name)
+    return (name[: found.start()], int(found[1]), name[found.end() :]) if found else None
+
+
 def places(names: Iterable[str], vocab: Iterable[str] = ()) -> dict[str, Place]:
     """The place of each name. A stack is a prefix before the first all-digit component; expert numbers never count."""
     split: dict[str, tuple[str, int]] = {}

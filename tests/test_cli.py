@@ -47,6 +47,7 @@ nodes:
   back: {op: add, base: base, inputs: [half]}
   small: {op: cast, model: back, to: bfloat16}
   same: {op: passthrough, model: small}
+  deep: {op: stack, layers: [{model: same, take: 0}, {model: small, take: "1-1"}]}
   kept: {op: emr, base: base, inputs: [a, b]}
   own: {op: emr_apply, emr: kept, base: base, task: a}
   every:
@@ -57,7 +58,7 @@ nodes:
       - {match: "*.embed_tokens.*", model: sum}
       - {match: "*.norm.*", model: trimmed}
       - {match: "@outside", model: own}
-      - {model: same}
+      - {model: deep}
 """
 HEAVY = ("torch", "torch._C", "huggingface_hub", "tqdm", "numpy", "transformers")
 LIGHT = {

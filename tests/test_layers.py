@@ -15,7 +15,7 @@ FLOORS: dict[int, str] = {
     7: "pipeline",
     6: "inspecting schema reporting",
     5: "executing writing publishing",
-    4: "planning",
+    4: "planning restacking",
     3: "recipe graph layout",
     2: "ops checkpoint document",
     1: "settings hub digests",

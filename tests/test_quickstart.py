@@ -145,6 +145,19 @@ def test_select_takes_each_layer_from_where_its_rule_says(tmp_path: Path) -> Non
     assert_same(run("select.yaml", tmp_path / "out"), meant)
 
 
+def test_stack_renumbers_layers_and_the_deeper_model_runs(digits: ModuleType, tmp_path: Path) -> None:
+    first, second = model("inverted"), model("rotated")
+    meant = {name: first[name] for name in first if name.startswith("head.")}
+    for n, (source, layer) in enumerate([(first, 0), (first, 1), (second, 1), (second, 2), (first, 2)]):
+        for part in ("linear.weight", "linear.bias", "norm.weight", "norm.bias"):
+            factor = 0.5 if n == 4 and part.startswith("linear") else 1.0
+            meant[f"blocks.{n}.{part}"] = source[f"blocks.{layer}.{part}"] * factor
+    assert_same(run("stack.yaml", tmp_path / "out"), meant)
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["num_hidden_layers"] == 5
+    deeper = digits.load(tmp_path / "out")
+    assert set(digits.accuracies(deeper, digits.splits()["test"])) == set(digits.DOMAINS)
+
+
 @pytest.mark.slow
 def test_training_again_gives_models_as_good(digits: ModuleType, tmp_path: Path) -> None:
     subprocess.run([sys.executable, QUICKSTART / "train.py", tmp_path], check=True)

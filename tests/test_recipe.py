@@ -465,7 +465,7 @@ def test_the_output_dtype_may_be_rules(tmp_path: Path) -> None:
         ("recipe: 1\nmodels: {a: ./a}\ndata: {g: {path: x}}", "`data` cannot be used yet. Stages"),
         ("recipe: 1\nmodels: {a: ./a}\nexpect: {g: x}", "`expect` cannot be used yet"),
         ("recipe: 1\nmodels: {a: ./a}\nnodes: {g: {op: gram, model: a, data: q}}", "the op 'gram' cannot be used yet"),
-        ("recipe: 1\nmodels: {a: ./a}\nnodes: {g: {op: stack, layers: []}}", "the op 'stack' cannot be used yet"),
+        ("recipe: 1\nmodels: {a: ./a}\nnodes: {g: {op: stack, layers: []}}", "`layers` cannot be []"),
         ("recipe: 1\nmodels: {a: ./a}\nnodes: {g: {op: linear, inputs: [{adapter: x}]}}", "`adapter` cannot be used yet"),
     ],
 )  # fmt: skip

@@ -56,6 +56,23 @@ RIGHT: dict[str, dict[str, Any]] = {
     "passthrough": whole({"op": "passthrough", "model": "a"}),
     "select": whole({"op": "select", "rules": [{"match": ["*.mlp.*", "@vocab"], "model": "a"}, {"model": VECTOR}]}),
     "select with a bare name at its end": whole({"op": "select", "rules": [{"match": "@blocks", "model": "a"}, "b"]}),
+    "stack": whole(
+        {
+            "op": "stack",
+            "layers": [{"model": "a", "take": "0-15"}, {"model": VECTOR, "take": 7, "scale": HALF}],
+            "rest": {"model": "a"},
+            "blocks": "encoder.block",
+            "scale": 0.5,
+        }
+    ),
+    "a stack with the rest in place": whole(
+        {
+            "op": "stack",
+            "layers": [{"model": "a", "take": "${n}", "scale": [{"match": "*", "value": 2}]}],
+            "rest": VECTOR,
+        },
+        vars={"n": 3},
+    ),
     "rules with gradients": linear(
         weight=[{"match": "*.mlp.*", "value": {"gradient": [0, 1], "over": "0-3"}}, {"value": 1}]
     ),
@@ -153,6 +170,9 @@ WRONG: dict[str, dict[str, Any]] = {
     "only without others": linear(only="*.mlp.*"),
     "others that are no mapping": linear(only="*.mlp.*", others="a"),
     "a wrong node in place": linear(inputs=["a", {"op": "scale", "model": "b", "bye": 1}]),
+    "a stack of names alone": whole({"op": "stack", "layers": ["a", "b"]}),
+    "a stack that takes no range": whole({"op": "stack", "layers": [{"model": "a", "take": "0-"}]}),
+    "a stack with a rest by its name": whole({"op": "stack", "layers": [{"model": "a", "take": "0-1"}], "rest": "a"}),
     "select without an open rule": whole({"op": "select", "rules": [{"match": "*", "model": "a"}]}),
     "output and outputs": whole(output={"node": "merged"}, outputs={"x": {"node": "merged"}}),
     "an output's node in place": whole(output={"node": {"op": "linear", "inputs": ["a", "b"]}}),

@@ -38,6 +38,7 @@ from mergeflow.ops.scale import Scale
 from mergeflow.ops.sce import Sce
 from mergeflow.ops.select import Select
 from mergeflow.ops.slerp import Slerp
+from mergeflow.ops.stack import Stack
 from mergeflow.ops.star import Star
 from mergeflow.ops.task_arithmetic import TaskArithmetic
 from mergeflow.ops.task_vector import TaskVector
@@ -86,6 +87,7 @@ __all__ = [
     "Sce",
     "Select",
     "Slerp",
+    "Stack",
     "Star",
     "TaskArithmetic",
     "TaskVector",
@@ -139,6 +141,7 @@ OPS: tuple[type[Op], ...] = (
     Cast,
     Passthrough,
     Select,
+    Stack,
 )
 """Our ops, in the order of the table."""
 

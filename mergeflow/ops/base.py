@@ -118,8 +118,8 @@ class Op(BaseModel, ABC):
     """What one output tensor is, in the notation of the papers."""
     paper: ClassVar[str | None] = None
     """Where it comes from, e.g. `arXiv:2306.01708`."""
-    takes: ClassVar[Literal["model", "inputs", "rules", "emr"]] = "inputs"
-    """How a recipe names what the op works on: one `model`, a list of `inputs`, `rules` by tensor name, or an artifact."""
+    takes: ClassVar[Literal["model", "inputs", "rules", "layers", "emr"]] = "inputs"
+    """How a recipe names what the op works on: one `model`, a list of `inputs`, `rules` by name, `layers`, or an artifact."""
     fewest: ClassVar[int] = 1
     """The least number of inputs."""
     most: ClassVar[int | None] = None
@@ -370,7 +370,7 @@ def _on_tensors(op: Op, *tensors: Tensor | Sequence[Tensor], seed: int) -> Tenso
     from mergeflow.ops.draws import draw_key
 
     given = [tensor for item in tensors for tensor in ([item] if isinstance(item, torch.Tensor) else item)]
-    if op.takes == "rules":
+    if op.takes in ("rules", "layers"):
         raise RecipeError(f"{op.name} chooses tensors by name", fix="Use it in a recipe.")
     if op.takes == "emr" or op.has_parts:
         raise RecipeError(f"{op.name} has parts, and no tensor is all of them", fix="Use it in a recipe.")

@@ -5,11 +5,12 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from mergeflow.checkpoint import Checkpoint, StoredTensor
 from mergeflow.errors import InputError, RecipeError
-from mergeflow.graph import EqualTensors, Expression, Load
+from mergeflow.graph import EqualTensors, Expression, Load, Stacked
 from mergeflow.ops.base import Space
 from mergeflow.planning.findings import nearest
 from mergeflow.recipe import ModelSource
@@ -43,6 +44,8 @@ class Table(ABC):
     places: Mapping[str, Place]
     leaf: str
     """The entry of `models:` that the names come from."""
+    stacked: Mapping[str, Stacked] = MappingProxyType({})
+    """The numbered stacks that `stack` made, by prefix: their names are not those of the leaf."""
     added: Collection[str] = ()
     """Names beyond those of the leaf, which `extra: keep` brought in."""
     bits: Collection[str] = ()

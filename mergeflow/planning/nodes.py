@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from mergeflow.checkpoint import StoredTensor
 from mergeflow.errors import RecipeError
-from mergeflow.graph import Apply, Expression, Measure
+from mergeflow.graph import Apply, Expression, LayerSource, Measure, Stacked
 from mergeflow.ops import Op
 from mergeflow.ops.base import LEAF, DeltaOp, Space
 from mergeflow.ops.draws import draw_key
@@ -16,7 +16,7 @@ from mergeflow.ops.unchanged import Unchanged
 from mergeflow.planning.expressions import ONTO, mean_like
 from mergeflow.planning.models import HEADS, Table, rename_line
 from mergeflow.recipe import Node
-from mergeflow.settings import Each, Place, Rule, constant, matches, places, value_at
+from mergeflow.settings import Each, Place, Rule, constant, in_stack, matches, places, value_at
 
 if TYPE_CHECKING:
     from mergeflow.planning.planner import Planner
@@ -54,13 +54,7 @@ class NodeTable(Table):
         self.told_quantised = False
         self.space = self._space()
         self.quantised = next((one.quantised for one in self._sources() if one.quantised), "")
-        if node.op.takes == "rules":
-            self._selected_names()
-        else:
-            source = self.base or self.inputs[0]  # of an artifact, the base is required
-            self.leaf, self.added = source.leaf, source.added
-            self.tensors, self.places = source.tensors, source.places
-            self._extra_names()
+        self._names()
         self._check_patterns()
         if node.op.matrices_only:
             rest = [n for n, t in self.tensors.items() if t.dtype.kind == "float" and len(t.shape) != 2]
@@ -80,7 +74,7 @@ class NodeTable(Table):
     def at_input(self, index: int) -> str:
         """The place of an input in the recipe."""
         takes = self.node.op.takes
-        return self.where(takes, index) if takes in ("inputs", "rules") else self.where(takes)
+        return self.where(takes, index) if takes in ("inputs", "rules", "layers") else self.where(takes)
 
     # Spaces and names
 
@@ -112,6 +106,16 @@ class NodeTable(Table):
             self.findings.add(error if error.where else error.placed(self.where()))
             return "weight"
 
+    def _names(self) -> None:
+        """Names of the base or the first input, and what `extra: keep` adds."""
+        if self.node.op.takes == "rules":
+            self._selected_names()
+            return
+        source = self.base or self.inputs[0]
+        self.leaf, self.added, self.stacked = source.leaf, source.added, source.stacked
+        self.tensors, self.places = source.tensors, source.places
+        self._extra_names()
+
     def _selected_names(self) -> None:
         """Names of `select`: all names of its models, each from the first rule that fits it."""
         self.leaf = self.inputs[-1].leaf
@@ -138,6 +142,24 @@ class NodeTable(Table):
             vocab += [name] if chosen.places[name].vocab else []
         self.added = {name for one in self.inputs for name in one.added}
         self.places = places(self.tensors, vocab)
+        self.stacked = self._selected_stacks()
+
+    def _selected_stacks(self) -> dict[str, Stacked]:
+        """The stacks of `select` that any of its models got by `stack`: each layer from where its first tensor is from."""
+        prefixes = {prefix for one in self.inputs for prefix in one.stacked}
+        owners = {id(table): one.model for table, one in zip(self.inputs, self.node.inputs, strict=True)}
+        found: dict[str, dict[int, LayerSource]] = {}
+        for name, table in self.holders.items() if prefixes else ():
+            stack, number, _ = in_stack(name) or ("", -1, "")
+            if number < 0 or stack not in prefixes or number in found.setdefault(stack, {}):
+                continue
+            below = table.stacked.get(stack)
+            own = LayerSource(owners[id(table)], number, table.leaf, number)
+            found[stack][number] = below.layers[number] if below else own
+        return {
+            stack: Stacked(self.node.name, stack, tuple(layers[number] for number in sorted(layers)))
+            for stack, layers in found.items()
+        }
 
     def _extra_names(self) -> None:
         """Names that inputs have beyond the node's: an error, dropped, or kept from the one input that has them."""
@@ -250,7 +272,10 @@ class NodeTable(Table):
         if node.rules:
             self.planner.check_rules(node.rules, self.places, self.where("rules"))
 
-    def _check_setting(self, setting: Any, at: Mapping[str, Place], name: str) -> None:
+    def _check_setting(
+        self, setting: Any, at: Mapping[str, Place], name: str, each: Sequence[Mapping[str, Place]] = ()
+    ) -> None:
+        """Check a setting against the places it is asked for at; `each` holds those of each input, where they differ."""
         if not isinstance(setting, Each):
             self.planner.check_setting(setting, at, self.where(name))
             return
@@ -264,7 +289,8 @@ class NodeTable(Table):
         for index, one in enumerate(setting):
             if isinstance(one, tuple):
                 one = tuple(rule for rule in one if counts[id(rule)] == 1)
-            self.planner.check_setting(one, at, self.where("inputs", index, name))
+            where = self.where(self.node.op.takes, index, name)
+            self.planner.check_setting(one, each[index] if each else at, where)
         self.planner.check_setting(tuple(rule for key, rule in shared.items() if counts[key] > 1), at, self.where(name))
 
     # Tensors

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from importlib.metadata import version
 from typing import Any
 
@@ -13,25 +14,37 @@ from mergeflow import __version__
 from mergeflow.checkpoint import Checkpoint
 from mergeflow.dtypes import BY_NAME, DType
 from mergeflow.errors import RecipeError, raise_all
-from mergeflow.graph import Apply, EqualTensors, Expression, Load, Plan, Row, Shard, SideFile
+from mergeflow.graph import Apply, EqualTensors, Expression, Load, Plan, Row, Shard, SideFile, Stacked
 from mergeflow.layout import Tensor, lay_out
 from mergeflow.planning.emr import EmrApplyTable, EmrArtifact, EmrTable
 from mergeflow.planning.expressions import FLOAT64, Expressions, loads
 from mergeflow.planning.findings import Findings, nearest, some
 from mergeflow.planning.models import SPACE_KEY, ModelTable, Table, packed, quantised, settle_ties
 from mergeflow.planning.nodes import NodeTable
+from mergeflow.planning.stacks import StackTable, counterparts, numbered_stacks
 from mergeflow.planning.vocabulary import Vocabularies
-from mergeflow.recipe import Output, Recipe
+from mergeflow.recipe import Node, Output, Recipe
 from mergeflow.settings import Gradient, Place, matches, value_at
 
 FLOAT32 = BY_NAME["float32"]
 
 
+KINDS: Mapping[str, Callable[[Planner, Node], Table]] = {
+    "emr": EmrTable,
+    "emr_apply": EmrApplyTable,
+    "stack": StackTable,
+}
+"""Ops whose nodes are tables of their own kind."""
+
+
 def default_like(recipe: Recipe, name: str) -> str:
-    """The entry of `models:` that a node takes its names from: base, else first input, of `select` the rule without `match`."""
+    """The entry of `models:` that a node takes its config from: base, else first input.
+
+    Of `select` it is that of the rule without `match`, of `stack` its `rest`, else its first entry.
+    """
     while name in recipe.nodes:
         node = recipe.nodes[name]
-        name = node.base or node.inputs[-1 if node.op.takes == "rules" else 0].model
+        name = node.rest or node.base or node.inputs[-1 if node.op.takes == "rules" else 0].model
     return name
 
 
@@ -69,6 +82,7 @@ class Planner:
         self.rows: list[Row] = []
         self.shards: list[Shard] = []
         self.side_files: list[SideFile] = []
+        self.stacks: dict[str, tuple[Stacked, ...]] = {}
         opened = [
             ModelTable(self, name, recipe.models[name], checkpoint)
             for name, checkpoint in models.items()
@@ -96,8 +110,7 @@ class Planner:
         found = self.tables.get(name)
         if found is None:
             node = self.recipe.nodes[name]
-            kind = {"emr": EmrTable, "emr_apply": EmrApplyTable}.get(node.op.name, NodeTable)
-            found = self.tables[name] = kind(self, node)
+            found = self.tables[name] = KINDS.get(node.op.name, NodeTable)(self, node)
         return found
 
     def is_tied(self, model: str) -> bool:
@@ -179,30 +192,34 @@ class Planner:
             digest=plan_digest(parts),
             parts=parts,
             spaces={output.key: self.table(output.node).space for output in self.recipe.outputs.values()},
+            stacks=self.stacks,
         )
 
     def _output(self, output: Output) -> None:
         table = self.table(output.node)
         like = self.tables[output.like or default_like(self.recipe, output.node)]
         assert isinstance(like, ModelTable), "`like` is an entry of models"
-        if table.space != "artifact":
-            self._check_like(output, table, like)
+        others = self._check_like(output, table, like) if table.space != "artifact" else {}
         self.check_setting(output.dtype, table.places, self.recipe.where((*output.path, "dtype")))
         tensors: list[Tensor] = []
         expressions: list[Expression] = []
         for name, stored in table.tensors.items():
             expression = table.expression(name)
-            model = like.tensors.get(name)
+            model = like.tensors.get(others.get(name, ""))
             dtype = stored.dtype
             if dtype.kind == "float" and name not in table.fixed:
                 dtype = self._dtype(output, table.places[name], expression) or (model or stored).dtype
             expressions.append(expression)
-            tensors.append(Tensor(name, dtype, stored.shape, model.file if model else None))
+            tensors.append(Tensor(name, dtype, stored.shape, model.file if model and not table.stacked else None))
         metadata = {"format": "pt", **table.metadata}
         if table.space != "weight":
             metadata[SPACE_KEY] = table.space
         like_files = [] if table.space == "artifact" else list(like.checkpoint.files)
-        files, index = lay_out(tensors, like_files=like_files, shard_size=output.shard_size, metadata=metadata)
+        size = output.shard_size or self._stacked_size(table, like)
+        files, index = lay_out(tensors, like_files=like_files, shard_size=size, metadata=metadata)
+        layers = numbered_stacks(like.tensors) if table.stacked else {}
+        counts = {prefix: len(found) for prefix, found in layers.items()}
+        self.stacks[output.key] = tuple(replace(one, like=counts) for one in table.stacked.values())
         home = {
             name: (shard, offset)
             for shard, file in enumerate(files, start=len(self.shards))
@@ -231,6 +248,11 @@ class Planner:
             self._check_tokenizer(output, table, like)
         if index is not None:
             self.side_files.append(SideFile(output.key, index[0], index[1]))
+
+    def _stacked_size(self, table: Table, like: ModelTable) -> int | None:
+        """How large a file of stacked layers may be, which are not dealt to the files of `like`: as its largest of several."""
+        sizes = [file.size for file in like.checkpoint.files.values()]
+        return max(sizes) if table.stacked and len(sizes) > 1 else None
 
     def _dtype(self, output: Output, place: Place, expression: Expression) -> DType | None:
         """The dtype that the output, or a `cast` at the end, asks for at a place."""
@@ -270,15 +292,13 @@ class Planner:
                 if clash:
                     self.findings.warnings[f"{where}: {clash}. The output has rows of '{model}'"] = None
 
-    def _check_like(self, output: Output, table: Table, like: ModelTable) -> None:
-        """The model whose config the output takes must have the same tensors, but for those kept by `extra: keep`."""
-        lacks = [name for name in table.tensors if name not in like.tensors and name not in table.added]
-        has = [name for name in like.tensors if name not in table.tensors]
-        unlike = [n for n, t in table.tensors.items() if n in like.tensors and like.tensors[n].shape != t.shape]
+    def _check_like(self, output: Output, table: Table, like: ModelTable) -> dict[str, str]:
+        """For each tensor that of `like` which it stands for: all must have one, but for those kept by `extra: keep`."""
+        others, has = counterparts(table, like)
+        lacks = [name for name in table.tensors if name not in others and name not in table.added]
+        unlike = [n for n, other in others.items() if like.tensors[other].shape != table.tensors[n].shape]
         # A row takes the dtype that `like` has, and only a float may be rounded to another.
-        kinds = [
-            n for n, t in table.tensors.items() if n in like.tensors and like.tensors[n].dtype.kind != t.dtype.kind
-        ]
+        kinds = [n for n, other in others.items() if like.tensors[other].dtype.kind != table.tensors[n].dtype.kind]
         if lacks:
             difference = f"lacks {some(lacks)}"
         elif has:
@@ -286,10 +306,10 @@ class Planner:
         elif unlike:
             difference = f"has {some(unlike)} in another shape"
         elif kinds:
-            mine, theirs = table.tensors[kinds[0]].dtype.name, like.tensors[kinds[0]].dtype.name
+            mine, theirs = table.tensors[kinds[0]].dtype.name, like.tensors[others[kinds[0]]].dtype.name
             difference = f"has {some(kinds)} as {theirs}, not {mine}"
         else:
-            return
+            return others
         self.findings.add(
             RecipeError(
                 f"`like: {like.name}` must have the tensors of '{output.node}', and it {difference}",
@@ -297,6 +317,7 @@ class Planner:
                 fix="Name a model under `like:` that has the same tensors.",
             )
         )
+        return others
 
     def _digests(self) -> dict[str, str]:
         """Named digests of all that goes into the plan's digest, so that a refusal can say what changed."""

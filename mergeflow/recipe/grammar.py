@@ -114,6 +114,27 @@ class SelectRule(_Section):
     model: Reference
 
 
+def _take(value: Any) -> Any:
+    """`7` as `7-7`, and a range that does not run backwards."""
+    text = str(value) if isinstance(value, int) and not isinstance(value, bool) else value
+    found = re.fullmatch(r"([0-9]{1,9})(?:-([0-9]{1,9}))?", text) if isinstance(text, str) else None
+    if found is None:
+        raise PydanticCustomError("take", "layers are written as '0-15' (both ends included), or one as 7")
+    first, last = int(found[1]), int(found[2] or found[1])
+    if first > last:
+        raise PydanticCustomError("take", "the range runs backwards: write '{right}'", {"right": f"{last}-{first}"})
+    return f"{first}-{last}"
+
+
+Take = Annotated[str, Strict(), Field(pattern=r"^[0-9]{1,9}(-[0-9]{1,9})?$"), BeforeValidator(_take)]
+
+
+class StackRest(_Section):
+    """The node or model that gives what is outside the blocks of a stack."""
+
+    model: Reference
+
+
 class _NodeSection(_Section):
     """Keys that every computing node has."""
 
@@ -181,6 +202,8 @@ def input_section(op_class: type[Op]) -> type[BaseModel]:
             Reference | None,
             Field(default=None, description="What this input's delta is taken from; default: the node's base."),
         )
+    if op_class.takes == "layers":
+        fields["take"] = (Take, Field(description="The first and last layer to take, e.g. '0-15': both are included."))
     for name, mark in op_class.settings().items():
         if mark.per_input:
             info = op_class.model_fields[name]
@@ -205,6 +228,20 @@ def node_section(op_class: type[Op]) -> type[BaseModel]:
             tuple[item, ...],
             Field(min_length=1, description="What the op works on, in order."),
         )
+    elif op_class.takes == "layers":
+        entry: Any = input_section(op_class)
+        fields["layers"] = (
+            tuple[entry, ...],
+            Field(min_length=1, description="The layers of the output, in order; a model may come twice."),
+        )
+        fields["rest"] = (
+            StackRest | None,
+            Field(
+                default=None,
+                description="What gives the tensors outside the blocks; default: the first entry's model gives what stands "
+                "before them, the last's what stands after.",
+            ),
+        )
     else:
         fields["rules"] = (
             tuple[SelectRule, ...],
@@ -227,7 +264,7 @@ def node_section(op_class: type[Op]) -> type[BaseModel]:
             fields[name] = (setting_of(settings[name].kind), Field(default=default, description=info.description))
         else:
             fields[name] = (info.annotation, info)
-    base = _Section if op_class.takes in ("rules", "emr") else _NodeSection
+    base = _Section if op_class.takes in ("rules", "layers", "emr") else _NodeSection
     return create_model(f"{op_class.__name__}Node", __base__=base, __doc__=_summary(op_class), **fields)
 
 

@@ -49,7 +49,6 @@ LATER_OPS = {
         ("gram", "gram_diag", "input_mean", "act_absmean", "fisher_diag", "regmean", "fisher", "fuse"),
         "Stages and statistics come with a later version of mergeflow.",
     ),
-    "stack": "Stacking layers comes with a later version of mergeflow.",
 }
 
 MERGEKIT_WORDS = {
@@ -61,8 +60,9 @@ MERGEKIT_WORDS = {
     "out_dtype": "Write `dtype:` under `output:`.",
     "dtype": "Write `dtype:` under `output:`; the computing is in float32 or better.",
     "tokenizer_source": "Write `tokenizer:` under `output:`, with a name from `models:`.",
-    "layer_range": "Choose layers by a pattern, e.g. `only: '*.layers.{0-15}.*'` (both ends included).",
-    "slices": "Choose layers by `op: select` with rules.",
+    "layer_range": "Choose layers by a pattern, e.g. `only: '*.layers.{0-15}.*'`, or stack them by `op: stack` with "
+    "`take: '0-15'` (both ends included).",
+    "slices": "Stack layers by `op: stack`, or choose them by `op: select` with rules.",
     "sources": "Write `inputs:` on the node.",
 }
 
@@ -89,6 +89,8 @@ class Input:
 class Node:
     """An op with its inputs. `rules` holds the patterns of `select`, in the order of `inputs`.
 
+    `takes` holds the first and last layer that `stack` takes of each input, `rest` what gives the tensors outside the blocks.
+
     With `only`, the other tensors come from the node `others`, or are the mean of the inputs where that is None.
     """
 
@@ -97,6 +99,8 @@ class Node:
     inputs: tuple[Input, ...]
     base: str | None = None
     rules: tuple[tuple[str, ...] | None, ...] = ()
+    takes: tuple[tuple[int, int], ...] = ()
+    rest: str | None = None
     only: tuple[str, ...] | None = None
     others: str | None = None
     missing: Any = "error"
@@ -117,6 +121,8 @@ class Node:
             yield self.base
         if self.others:
             yield self.others
+        if self.rest:
+            yield self.rest
 
 
 @dataclass(frozen=True, slots=True)
@@ -449,7 +455,7 @@ class _Parser:
         full, kind, last = (*path, *inner), detail["type"], detail["loc"][-1] if detail["loc"] else ""
         if kind == "extra_forbidden":
             key = str(inner[-1])
-            if op is not None and len(inner) == 1 and key in ("base", "model", "inputs", "rules", "emr"):
+            if op is not None and len(inner) == 1 and key in ("base", "model", "inputs", "rules", "layers", "emr"):
                 fix = "Leave it out." if key == "base" else f"It takes {_takes(op)}."
                 self.problem(f"`{op.name}` has no `{key}`", full, fix, key=True)
             else:
@@ -457,7 +463,7 @@ class _Parser:
         elif kind == "missing":
             if last == "path" and "adapter" in here:
                 return
-            places = {"model", "inputs", "rules", "emr"}
+            places = {"model", "inputs", "rules", "layers", "emr"}
             if op is not None and detail["loc"] == (last,) and last in places and places & data.keys():
                 return  # the key that stands in its place is answered
             about = model.model_fields[last].description if detail["loc"] == (last,) else None
@@ -527,6 +533,8 @@ class _Parser:
             yield node.base, (*node.path, "base")
         if node.others:
             yield node.others, (*node.path, "others", "model")
+        if node.rest:
+            yield node.rest, (*node.path, "rest", "model")
 
     def expand(self, name: str, given: dict[str, Any], path: Path) -> None:
         """Give each node that is written in place a name of its own, and leave that name where it stood."""
@@ -556,11 +564,12 @@ class _Parser:
         for key, part in (("model", "0"), ("emr", "0"), ("base", "base")):
             if key in node:
                 node[key] = placed(node[key], part, (*path, key))
-        for key in ("inputs", "rules"):
+        for key in ("inputs", "rules", "layers"):
             if isinstance(node.get(key), list):
                 node[key] = [holder(item, str(i), (*path, key, i)) for i, item in enumerate(node[key])]
-        if isinstance(node.get("others"), dict):
-            node["others"] = holder(node["others"], "others", (*path, "others"))
+        for key in ("others", "rest"):
+            if isinstance(node.get(key), dict):
+                node[key] = holder(node[key], key, (*path, key))
 
     def node(self, name: str, given: dict[str, Any], path: Path) -> Node | None:
         word = given.get("op")
@@ -626,6 +635,8 @@ class _Parser:
             ),
             base=getattr(section, "base", None),
             rules=rules,
+            takes=tuple(_ends(item.take) for item in items) if op_class.takes == "layers" else (),
+            rest=section.rest.model if op_class.takes == "layers" and section.rest else None,
             only=only,
             others=others.model if isinstance(others, OthersModel) else None,
             path=path,
@@ -779,7 +790,14 @@ def _takes(op: type[Op]) -> str:
         "emr": "`emr:`, a node or an artifact",
         "inputs": "a list of `inputs:`",
         "rules": "`rules:`, each with a `model:`",
+        "layers": "`layers:`, each with a `model:` and what to `take:`",
     }[op.takes]
+
+
+def _ends(take: str) -> tuple[int, int]:
+    """The first and last layer of a range as the grammar gives it."""
+    first, last = take.split("-")
+    return int(first), int(last)
 
 
 def _inside(location: Sequence[Any], data: Any) -> list[str | int]:
@@ -811,7 +829,7 @@ def _keys_at(model: Any, steps: Sequence[str | int], siblings: Iterable[str]) ->
                 return []
             like = {after, *siblings}
             model = max(found, key=lambda one: len(like & one.model_fields.keys()))
-    first = ("op", "base", "model", "emr", "inputs", "rules")
+    first = ("op", "base", "model", "emr", "inputs", "rules", "layers", "rest")
     return sorted(model.model_fields, key=lambda key: first.index(key) if key in first else len(first))
 
 
@@ -836,6 +854,8 @@ def _expectation(detail: Any, value: Any, inner: Sequence[str | int]) -> tuple[s
     if word in ("match", "only") and isinstance(value, dict):
         braces = "{" + ",".join(value) + "}"
         return "a pattern with braces needs quotes", f'Write `{word}: "{braces}"`.'
+    if word == "rest" and isinstance(value, str):
+        return "it is {model: NAME}", f"Write `rest: {{model: {value}}}`." if value else ""
     if word == "others" and isinstance(value, str):
         return "it is `mean` or {model: NAME}", f"Write `others: {{model: {value}}}`." if value else ""
     if isinstance(value, list) and value and all(isinstance(one, int | float) for one in value):
