@@ -26,6 +26,9 @@ __all__ = ["Checkpoint", "StoredTensor", "WeightFile", "encode_header", "open_ch
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
+ADAPTER_CONFIG = "adapter_config.json"
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
+ADAPTER_PICKLE = "adapter_model.bin"
 FIRST_READ = (1024, 64 * 1024)
 READERS = 8
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
@@ -58,6 +61,11 @@ class Checkpoint:
     files: Mapping[str, WeightFile]
     config: Mapping[str, Any] | None
     metadata: Mapping[str, str]
+
+    @property
+    def deciding(self) -> Mapping[str, str]:
+        """Files beside the weights that decide what those mean: hex BLAKE3 of their bytes by name."""
+        return {}
 
     def paths(self, files: Iterable[str] | None = None, progress: Progress | None = None) -> dict[str, Path]:
         """Local paths of these weight files (default: all), downloaded where needed.
@@ -131,6 +139,12 @@ def _check_there(folder: Folder, files: Iterable[str], index: str) -> None:
 def _usual_file(folder: Folder) -> str:
     """The index or weight file of a folder when the recipe names none."""
     names = [name for name in folder.names() if "/" not in name]
+    if ADAPTER_CONFIG in names and set(names) & {ADAPTER_WEIGHTS, ADAPTER_PICKLE}:
+        models = [name for name in names if name.endswith((".safetensors", ".safetensors.index.json"))]
+        if set(models) <= {ADAPTER_WEIGHTS}:
+            raise InputError(
+                "is an adapter, not a model", where=folder.label, fix="Write `adapter:` in place of `path:`."
+            )
     indexes = [name for name in names if name.endswith(".safetensors.index.json")]
     weights = [name for name in names if name.endswith(".safetensors")]
     if INDEX in indexes or len(indexes) == 1:
