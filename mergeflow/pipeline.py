@@ -558,7 +558,10 @@ def _manifest(made: Plan, finished: Mapping[int, Finished], beside: Mapping[str,
                 }
                 for file in checkpoint.files.values()
             }
-            | {file: {"digest": digest} for file, digest in checkpoint.deciding.items()},
+            | {
+                file: {"digest": digest, "sha256": checkpoint.folder.sha256(file)}
+                for file, digest in checkpoint.deciding.items()
+            },
             "tensors": {},
         }
     for row in finished.values():

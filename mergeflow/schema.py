@@ -303,7 +303,7 @@ def _open_model(section: Schema) -> None:
         section["properties"][key]["type"] = ["string", "number", "boolean"]
     section["oneOf"] = [
         {"required": ["path"]},
-        {"required": ["adapter"], "properties": {"file": False, "space": False}},
+        {"required": ["adapter"], "not": {"anyOf": [{"required": ["file"]}, {"required": ["space"]}]}},
     ]
 
 

@@ -271,7 +271,7 @@ class _Reader:
             halves[found[2]] = tensor
             names[found[3]] = None
         if len(names) > 1:
-            listed = ", ".join(str(name) for name in names if name is not None)
+            listed = ", ".join("one without a name" if name is None else f"'{name}'" for name in names)
             self.errors.append(
                 InputError(
                     f"holds several adapters: {listed}",

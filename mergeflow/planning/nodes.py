@@ -224,7 +224,12 @@ class NodeTable(Table):
         self.findings.gather(
             where,
             f"'{owner}' has {{count}} tensors that '{mine}' lacks: {{names}}",
-            fix or "Write `extra: drop` or `extra: keep` on the node.",
+            fix
+            or (
+                "Is it an adapter of another base? `extra: drop` on the node leaves them out."
+                if table.sparse
+                else "Write `extra: drop` or `extra: keep` on the node."
+            ),
             name,
         )
 

@@ -274,6 +274,9 @@ class _Parser:
     def unknown_key(self, key: str, known: Sequence[str], path: Path) -> None:
         if key in LATER:
             self.problem(f"`{key}` cannot be used yet", path, LATER[key], key=True)
+        elif key == "adapter":
+            fix = "Write `models: {NAME: {adapter: ./folder}}`, and NAME here."
+            self.problem("`adapter` stands under `models:`", path, fix, key=True)
         elif key in MERGEKIT_WORDS:
             self.problem(f"`{key}` is mergekit's word", path, MERGEKIT_WORDS[key], key=True)
         else:
