@@ -381,9 +381,9 @@ class NodeTable(Table):
                 )
                 return self._fallen()
             return base if self.space == "weight" else self.make.difference(base, base)
-        if base is not None and self.space == "weight" and self._on_deltas(op) and not op.over_model:
-            if all(map(is_zeros, expressions)):
-                return base
+        on_deltas = self._on_deltas(op) and self.space == "weight" and not op.over_model
+        if base is not None and on_deltas and all(map(is_zeros, expressions)):
+            return base
         if self.tensors[name].dtype.kind != "float":
             return self._unchanged(expressions, are_deltas, base)
         if len(kept) < op.fewest:
