@@ -824,8 +824,11 @@ def test_the_first_pattern_that_fits_counts(tmp_path: pathlib.Path) -> None:
         ({"r": True}, "has no rank: `r` is True"),
         ({"lora_alpha": None}, "has no scale: `lora_alpha` is None"),
         ({"lora_alpha": math.inf}, "has no scale"),
+        ({"lora_alpha": 10**400}, "has no scale"),
         ({"rank_pattern": {"mlp": "2"}}, "`rank_pattern` that is no mapping of patterns to ranks"),
         ({"alpha_pattern": [2]}, "`alpha_pattern` that is no mapping of patterns to numbers"),
+        ({"alpha_pattern": {"[a&&b]lp": 2}}, "has the pattern '[a&&b]lp' in `alpha_pattern`, which cannot be read"),
+        ({"target_modules": "(?<=m)lp"}, "has the pattern '(?<=m)lp' in `target_modules`, which cannot be read"),
         ({"alpha_pattern": {"(": 2}}, "has the pattern '(' in `alpha_pattern`, which cannot be read"),
         ({"peft_type": None}, "is an adapter of the kind None"),
         ({"init_lora_weights": "olora"}, "was started by olora, which changed the base's weights"),
@@ -905,6 +908,24 @@ def test_tensors_that_make_no_whole_adapter_are_refused(
         opened(tmp_path, tensors)
     assert what in str(caught.value)
     assert caught.value.fix
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_a_tensor_that_peft_wrote_twice_counts_once(first: bool, tmp_path: pathlib.Path) -> None:
+    once = {f"{PREFIX}score.bias": np.full(2, 3, np.float32)}
+    again = {
+        f"{PREFIX}score.modules_to_save.bias": np.full(2, 4, np.float32),
+        f"{PREFIX}score.original_module.bias": np.full(2, 5, np.float32),
+    }
+    from checkpoints import save_file
+
+    stored = {**once, **again} if first else {**again, **once}
+    write_adapter(tmp_path / "code", {})
+    save_file(tmp_path / "code" / "adapter_model.safetensors", {k: torch.from_numpy(v) for k, v in stored.items()})
+    updates = open_adapter(locate("./code", relative_to=tmp_path)).updates
+    assert {name: update.saved.name for name, update in updates.items() if update.saved} == {
+        "score.bias": f"{PREFIX}score.bias"
+    }
 
 
 def test_an_adapter_below_a_folder_is_found_by_its_subfolder(toys: pathlib.Path) -> None:

@@ -22,7 +22,7 @@ from typing import Any
 
 from blake3 import blake3
 
-from mergeflow.checkpoint import ADAPTER_CONFIG, ADAPTER_PICKLE, ADAPTER_WEIGHTS, Checkpoint, open_checkpoint
+from mergeflow.checkpoint import ADAPTER_CONFIG, ADAPTER_PICKLE, ADAPTER_WEIGHTS, Checkpoint, open_checkpoint, read_json
 from mergeflow.checkpoint.safetensors import StoredTensor
 from mergeflow.checkpoint.sources import LowRank
 from mergeflow.dtypes import BY_NAME, DType
@@ -72,7 +72,8 @@ SOUND_STARTS = ("gaussian", "eva", "orthogonal", "mica")
 _PAIR = re.compile(r"(.+)\.lora_([AB])(?:\.([^.]+))?\.weight")
 _EMBEDDING = re.compile(r"(.+)\.lora_embedding_([AB])(?:\.([^.]+))?")
 _PLAIN_PATTERN = re.compile(r"[\w.\-^\\]*")
-_FOREIGN = ("lora_", "token_adapter", "trainable_tokens", "original_module", "modules_to_save", "base_layer")
+_SET_OPERATION = re.compile(r"\[[^\]]*(\[|&&|--|~~)")
+_FOREIGN = ("lora_", "token_adapter", "trainable_tokens")
 
 
 @dataclass(frozen=True, slots=True)
@@ -171,13 +172,6 @@ def open_adapter(folder: Folder) -> Adapter:
     return Adapter(**kept, updates=updates, lora=config, config_digest=digest)
 
 
-def is_adapter(folder: Folder) -> bool:
-    """Whether a folder holds an adapter and no model of its own."""
-    names = folder.names()
-    models = [name for name in names if "/" not in name and name.endswith((".safetensors", ".safetensors.index.json"))]
-    return ADAPTER_CONFIG in names and set(models) <= {ADAPTER_WEIGHTS}
-
-
 def _check_files(folder: Folder) -> None:
     """The config and the weights must be there, as safetensors."""
     names = folder.names()
@@ -200,7 +194,7 @@ def _check_files(folder: Folder) -> None:
 
 def _read_config(folder: Folder) -> tuple[dict[str, Any], str]:
     """The config, and the digest of its bytes."""
-    config = Checkpoint(folder, {}, {}, None, {}).json(ADAPTER_CONFIG)
+    config = read_json(folder, ADAPTER_CONFIG)
     if not isinstance(config, dict):
         raise InputError(
             "is not a JSON object", where=place_of(folder, ADAPTER_CONFIG), fix="Fetch or copy the file again."
@@ -296,7 +290,7 @@ class _Reader:
         With `bias: all` peft writes some tensors again under the names of its wrappers, which it does not read back:
         `X.original_module.bias` is the base's, `X.modules_to_save.bias` is `X.bias` once more.
         """
-        again: list[tuple[str, str]] = []
+        wrapped: list[tuple[str, bool, StoredTensor]] = []
         for tensor in tensors:
             parts = tensor.name.removeprefix(PREFIX).split(".")
             wrapper = next((word for word in ("original_module", "modules_to_save") if word in parts), None)
@@ -304,18 +298,17 @@ class _Reader:
                 at = parts.index(wrapper)
                 named = wrapper == "modules_to_save" and len(parts) > at + 2 and parts[at + 1] == (adapter or "default")
                 del parts[at : at + 1 + named]
-            name = _base_name(".".join(parts))
-            if wrapper is not None:
-                again.append((name, tensor.name))
-                if wrapper == "original_module" or name in self.updates:
-                    continue
-            if any(word.startswith(_FOREIGN) for word in name.split(".")) or (
-                name in self.updates and wrapper is None and self.updates[name].saved is not None
-            ):
-                strange.append(tensor.name)
+                wrapped.append((_base_name(".".join(parts)), wrapper == "modules_to_save", tensor))
                 continue
-            self.updates[name] = Update(name, saved=tensor)
-        strange += [stored for name, stored in again if name not in self.updates]
+            name = _base_name(".".join(parts))
+            if name in self.updates or any(word.startswith(_FOREIGN) for word in name.split(".")):
+                strange.append(tensor.name)
+            else:
+                self.updates[name] = Update(name, saved=tensor)
+        for name, is_copy, tensor in wrapped:
+            if is_copy:
+                self.updates.setdefault(name, Update(name, saved=tensor))
+        strange += [tensor.name for name, _, tensor in wrapped if name not in self.updates]
 
     def _read_pairs(self, pairs: Mapping[tuple[str, bool], Mapping[str, StoredTensor]]) -> None:
         modules = [module for module, _ in pairs]
@@ -390,6 +383,8 @@ class _Reader:
             if _PLAIN_PATTERN.fullmatch(pattern):
                 plain = re.compile(regex)
                 return lambda name: plain.match(name) is not None
+            if _SET_OPERATION.search(pattern):  # which the two kinds of expressions read differently
+                raise re.error("set operation")
             checker: TypeAdapter[str] = TypeAdapter(_constrained(StringConstraints(pattern=regex)))
         except (re.error, SchemaError):
             raise InputError(
@@ -431,7 +426,7 @@ def _fits(down: StoredTensor, up: StoredTensor, embedding: bool) -> bool:
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    return isinstance(value, int | float) and not isinstance(value, bool) and -1e30 < value < 1e30
 
 
 def _is_rank(value: Any) -> bool:
