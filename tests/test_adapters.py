@@ -30,6 +30,7 @@ from mergeflow import Recipe, plan
 from mergeflow.checkpoint.adapter import PREFIX, open_adapter
 from mergeflow.checkpoint.sources import PANEL, LowRank, Zeros
 from mergeflow.errors import InputError, MergeflowError
+from mergeflow.executing import peak_memory
 from mergeflow.graph import Apply, Load
 from mergeflow.hub import locate
 from mergeflow.ops import Ties
@@ -774,6 +775,31 @@ def test_threads_memory_and_reading_change_no_byte(
         run(made, out, threads=threads, memory=memory, reading=reading)  # type: ignore[arg-type]
         results.add(files_of(out)["model.safetensors"])
     assert len(results) == 1
+
+
+def test_ties_among_masses_of_equal_entries_is_that_of_the_written_deltas(
+    large: pathlib.Path, tmp_path: pathlib.Path
+) -> None:
+    """A trim that splits a mass of ties: an adapter and the file of its delta keep the same entries."""
+    node = {"op": "ties", "base": "base", "inputs": ["code", "math"], "density": 0.35, "rescale": "l1"}
+    run(recipe(large, node, **LARGE), tmp_path / "lazy")
+    files = {}
+    for name in ("code", "math"):
+        one = recipe(
+            large, {"op": "scale", "model": name, "by": 1}, output={"like": "base", "dtype": "float32"}, **LARGE
+        )
+        run(one, tmp_path / name)
+        files[name] = str(tmp_path / name)
+    run(recipe(large, node, models=files), tmp_path / "read")
+    lazy, read = (files_of(tmp_path / name)["model.safetensors"] for name in ("lazy", "read"))
+    assert lazy == read
+
+
+def test_the_factor_that_is_held_whole_counts_as_memory(large: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = plan(recipe(large))
+    with_factor = peak_memory(made, 2**26, 1)
+    monkeypatch.setattr(LowRank, "held", lambda source, shape: 0)
+    assert with_factor == peak_memory(made, 2**26, 1) + 4 * 2 * 5 * 3001
 
 
 def test_many_adapters_on_one_base_read_the_base_once(large: pathlib.Path, tmp_path: pathlib.Path) -> None:

@@ -26,6 +26,10 @@ class Source(ABC):
     def make(self, read: Read, start: int, stop: int, shape: tuple[int, ...], compute: torch.dtype) -> Tensor:
         """Elements [start, stop) of the tensor of this shape, flat, in the compute dtype: a new tensor."""
 
+    def held(self, shape: tuple[int, ...]) -> int:
+        """Elements that `make` holds at most beyond a few times what it gives, for the estimate of memory."""
+        return 0
+
 
 @dataclass(frozen=True, slots=True)
 class Bits(Source):
@@ -100,6 +104,10 @@ class LowRank(Source):
             product = (panel.copy_(left[top - first : bottom - first]) @ right).mul_(self.scaling).reshape(-1)
             made.append(product[max(start - top * columns, 0) : stop - top * columns])
         return made[0] if len(made) == 1 else torch.cat(made)
+
+    def held(self, shape: tuple[int, ...]) -> int:
+        """The right factor, as stored and copied."""
+        return 2 * self.rank * math.prod(shape[1:])
 
     def _left(self, read: Read, first: int, last: int, rows: int) -> Tensor:
         """Rows [first, last) of the left factor, as stored: of B, or columns of A."""
