@@ -353,18 +353,20 @@ def validate(recipes: tuple[str, ...], settings: tuple[str, ...], as_json: bool)
 @click.option("--file", help="The .safetensors file or index to read.")
 @json_option
 def inspect(model: str, revision: str | None, subfolder: str | None, file: str | None, as_json: bool) -> None:
-    """Show what a checkpoint holds, from its headers.
+    """Show what a checkpoint or a LoRA adapter holds, from its headers.
 
     MODEL is a folder, a .safetensors file, or the name of a hub repository.
     """
-    from mergeflow.checkpoint import open_checkpoint
+    from mergeflow.checkpoint import holds_adapter, open_checkpoint
+    from mergeflow.checkpoint.adapter import open_adapter
     from mergeflow.hub import locate
     from mergeflow.inspecting import inspect_model, inspect_text
 
     # On the command line a folder that is there is meant, whatever its name looks like.
     path = f"./{model}" if os.path.exists(model) and not model.startswith(("/", "./", "../", "~")) else model
     folder = locate(path, revision=revision, subfolder=subfolder, relative_to=Path())
-    data = inspect_model(open_checkpoint(folder, file=file))
+    adapter = file is None and holds_adapter(folder)
+    data = inspect_model(open_adapter(folder) if adapter else open_checkpoint(folder, file=file))
     click.echo(json.dumps(data, indent=1) if as_json else inspect_text(data))
 
 

@@ -139,6 +139,12 @@ class _Program:
         return max((op.temporaries for op in self.ops), default=_MADE)
 
     @property
+    def held(self) -> int:
+        """Elements that making tensors, one after the other, holds beyond blocks."""
+        made = [step.expression for step in self.steps if isinstance(step.expression, Made)]
+        return max((one.source.held(one.shape) for one in made), default=0)
+
+    @property
     def measures(self) -> Iterator[Measure]:
         for step in self.steps:
             if isinstance(step.expression, Apply) and step.expression.measure is not None:
@@ -687,7 +693,7 @@ def peak_memory(plan: Plan, memory: int, threads: int) -> int:
         blocks += _needed(program)
         # In a tensor of one leaf a measure sees all there is at once, and holds no more than that.
         measure = program.measure_bytes if elements > LEAF else min(program.measure_bytes, 4 * blocks)
-        worst = max(worst, blocks + measure)
+        worst = max(worst, blocks + measure + program.held * row.compute.size)
     return worst * threads
 
 
@@ -713,7 +719,7 @@ def _kind(expression: Expression, seen: dict[int, int]) -> Any:
     seen[id(expression)] = len(seen)
     if isinstance(expression, Apply):
         return (id(expression.op), *[_kind(one, seen) for one in expression.inputs])
-    return type(expression.source) if isinstance(expression, Made) else None
+    return (expression.source, expression.shape) if isinstance(expression, Made) else None
 
 
 class _Engine:

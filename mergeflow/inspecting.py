@@ -14,6 +14,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from mergeflow.checkpoint import Checkpoint, StoredTensor
+from mergeflow.checkpoint.adapter import Adapter
 from mergeflow.errors import InputError, printable
 from mergeflow.planning import EMBEDDINGS, HEADS, QUANTISED, SPACE_KEY
 from mergeflow.publishing import MANIFEST
@@ -39,7 +40,8 @@ def inspect_model(checkpoint: Checkpoint) -> dict[str, Any]:
         "revision": checkpoint.folder.revision,
         "files": [{"name": file.name, "size": file.size} for file in checkpoint.files.values()],
         "size": sum(file.size for file in checkpoint.files.values()),
-        "space": checkpoint.metadata.get(SPACE_KEY, "weight"),
+        "space": "delta" if isinstance(checkpoint, Adapter) else checkpoint.metadata.get(SPACE_KEY, "weight"),
+        "adapter": checkpoint.facts if isinstance(checkpoint, Adapter) else None,
         "architectures": [str(name) for name in architectures] if isinstance(architectures, list) else [],
         "model_type": model_type if isinstance(model_type, str) else None,
         "count": len(tensors),
@@ -161,15 +163,32 @@ def _facts(data: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         for stack in data["stacks"]
     ]
     yield "layers", ", ".join(stacks[:8]) + (f" and {len(stacks) - 8} more stacks" if len(stacks) > 8 else "")
-    yield "vocabulary", _vocabulary_text(data["vocabulary"])
-    yield "tied head", _tied_text(data["tied"], data["vocabulary"])
+    if data["adapter"] is None:
+        yield "vocabulary", _vocabulary_text(data["vocabulary"])
+        yield "tied head", _tied_text(data["tied"], data["vocabulary"])
     yield "space", _plain(data["space"])
+    yield from _adapter_facts(data["adapter"])
     yield "quantised", f"yes: {_plain(data['quantised'])}" if data["quantised"] else ""
     for key, value in data["metadata"].items():
         yield "metadata", f"{_plain(key)}: {_plain(value)}"
     made = data["mergeflow"]
     if made is not None:
         yield "made by", _made_text(made)
+
+
+def _adapter_facts(adapter: Mapping[str, Any] | None) -> Iterator[tuple[str, str]]:
+    """What an adapter says of itself."""
+    if adapter is None:
+        return
+    scaling = ", ".join(f"{one:g}" for one in adapter["scaling"][:5]) + (", ..." if len(adapter["scaling"]) > 5 else "")
+    yield "rank", ", ".join(map(str, adapter["rank"]))
+    yield "scaling", f"{scaling} (alpha / {'sqrt(rank)' if adapter['rslora'] else 'rank'})" if scaling else ""
+    yield "targets", _plain(", ".join(adapter["targets"]))
+    saved = [_plain(name) for name in adapter["saved"]]
+    more = f" and {len(saved) - 3} more" if len(saved) > 3 else ""
+    yield "changes", f"{adapter['changes']:,} tensors of its base"
+    yield "whole weights", f"{', '.join(saved[:3])}{more}"
+    yield "made for", _plain(adapter["base"] or "")
 
 
 def _vocabulary_text(vocabulary: Mapping[str, Any]) -> str:

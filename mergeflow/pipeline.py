@@ -24,6 +24,7 @@ from blake3 import blake3
 
 from mergeflow import __version__
 from mergeflow.checkpoint import Checkpoint, open_checkpoint
+from mergeflow.checkpoint.adapter import open_adapter
 from mergeflow.document import dump_yaml
 from mergeflow.errors import (
     InputError,
@@ -40,7 +41,7 @@ from mergeflow.hub import is_local, locate
 from mergeflow.ops.unchanged import Unchanged
 from mergeflow.planning import keeps_quantisation, like_and_tokenizer, loads, make_plan, needed_models, plan_digest
 from mergeflow.publishing import CARD, RECIPE, side_files
-from mergeflow.recipe import Recipe
+from mergeflow.recipe import ModelSource, Recipe
 from mergeflow.writing import MANIFEST, Finished, Staging, finished_digest, free_bytes, refuse, repair
 
 if TYPE_CHECKING:
@@ -90,9 +91,10 @@ def open_models(recipe: Recipe) -> dict[str, Checkpoint]:
         source = recipe.models.get(name) or recipe.artifacts[name]
         try:
             folder = locate(
-                source.path, revision=source.revision, subfolder=source.subfolder, relative_to=recipe.folder
+                source.location, revision=source.revision, subfolder=source.subfolder, relative_to=recipe.folder
             )
-            models[name] = open_checkpoint(folder, file=source.file)
+            adapter = isinstance(source, ModelSource) and source.adapter is not None
+            models[name] = open_adapter(folder) if adapter else open_checkpoint(folder, file=source.file)
         except MergeflowError as error:
             errors.append(error.placed(recipe.where((section, name))))
     raise_all(errors)
@@ -199,8 +201,9 @@ def _portable(recipe: Recipe, out: Path, key: str) -> str:
     sections: dict[str, dict[str, Any]] = {}
     for section, sources in (("models", recipe.models), ("artifacts", recipe.artifacts)):
         for name, given in recipe.resolved.get(section, {}).items():
-            path = seen(sources[name].path)
-            sections.setdefault(section, {})[name] = {**given, "path": path} if isinstance(given, dict) else path
+            source = sources[name]
+            path, key = seen(source.location), "adapter" if isinstance(given, dict) and "adapter" in given else "path"
+            sections.setdefault(section, {})[name] = {**given, key: path} if isinstance(given, dict) else path
     return dump_yaml({**recipe.resolved, **sections})
 
 
@@ -556,6 +559,10 @@ def _manifest(made: Plan, finished: Mapping[int, Finished], beside: Mapping[str,
                     "sha256": checkpoint.folder.sha256(file.name),
                 }
                 for file in checkpoint.files.values()
+            }
+            | {
+                file: {"digest": digest, "sha256": checkpoint.folder.sha256(file)}
+                for file, digest in checkpoint.deciding.items()
             },
             "tensors": {},
         }

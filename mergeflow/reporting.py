@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from mergeflow.checkpoint.adapter import Adapter
 from mergeflow.errors import printable
 from mergeflow.graph import Apply, Expression, Load, Plan, loads_of
 from mergeflow.planning import loads
@@ -30,6 +31,7 @@ def plan_data(plan: Plan, *, threads: int, peak: int, free: int) -> dict[str, An
                 "files": len(checkpoint.files),
                 "tensors": len(checkpoint.tensors),
                 "bytes": sum(tensor.nbytes for tensor in checkpoint.tensors.values()),
+                "adapter": checkpoint.facts if isinstance(checkpoint, Adapter) else None,
             }
             for name, checkpoint in plan.models.items()
         },
@@ -92,7 +94,7 @@ def plan_text(data: Mapping[str, Any], out: Path) -> str:
     lines = [f"{data['name']}  ->  {out}", ""]
     lines += [
         f"  reads    {name:<16} {size_text(m['bytes']):>9}  {m['tensors']} tensors in {m['files']} file{'s' * (m['files'] != 1)}"
-        f"  {m['source']}"
+        f"  {m['source']}{_adapter_text(m['adapter'])}"
         for name, m in data["models"].items()
     ]
     kinds: dict[str, list[str]] = {}
@@ -120,6 +122,15 @@ def plan_text(data: Mapping[str, Any], out: Path) -> str:
     return printable("\n".join(lines))
 
 
+def _adapter_text(facts: Mapping[str, Any] | None) -> str:
+    """What an adapter is, after its source."""
+    if facts is None:
+        return ""
+    ranks = "-".join(str(one) for one in dict.fromkeys((facts["rank"] or [0])[:1] + facts["rank"][-1:]))
+    whole = f" and {len(facts['saved'])} whole weights" if facts["saved"] else ""
+    return f" (adapter: rank {ranks} on {', '.join(facts['targets'])}{whole})"
+
+
 def size_text(count: float) -> str:
     """Bytes with a unit that fits: 2.2 GB."""
     for unit in ("B", "kB", "MB", "GB"):
@@ -133,8 +144,8 @@ def mermaid(recipe: Recipe) -> str:
     """The recipe's graph in mermaid's words: models, nodes and outputs, with an op's settings on its node."""
     ids = {name: f"n{index}" for index, name in enumerate([*recipe.models, *recipe.artifacts, *recipe.nodes])}
     lines = ["graph LR"]
-    sources = {name: one.path for name, one in recipe.models.items()}
-    sources |= {name: one.path for name, one in recipe.artifacts.items()}
+    sources = {name: one.location for name, one in recipe.models.items()}
+    sources |= {name: one.location for name, one in recipe.artifacts.items()}
     for name, path in sources.items():
         lines.append(f'  {ids[name]}[("{_label(name, path)}")]')
     for name, node in recipe.nodes.items():

@@ -308,9 +308,13 @@ def _open_references(section: Schema) -> None:
 
 
 def _open_model(section: Schema) -> None:
-    """Let scalars stand that are taken as they are written: `revision: 0123`."""
+    """Let scalars stand that are taken as they are written: `revision: 0123`; a model is a checkpoint or an adapter."""
     for key in ("revision", "subfolder"):
         section["properties"][key]["type"] = ["string", "number", "boolean"]
+    section["oneOf"] = [
+        {"required": ["path"]},
+        {"required": ["adapter"], "not": {"anyOf": [{"required": ["file"]}, {"required": ["space"]}]}},
+    ]
 
 
 def _open_node(op: type[Op], section: Schema) -> None:

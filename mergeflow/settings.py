@@ -23,6 +23,8 @@ from mergeflow.errors import RecipeError
 T = TypeVar("T")
 
 Number = Annotated[float, Strict(), Field(allow_inf_nan=False)]
+Positive = Annotated[float, Strict(), Field(gt=0, allow_inf_nan=False)]
+NonNegative = Annotated[float, Strict(), Field(ge=0, allow_inf_nan=False)]
 Unit = Annotated[float, Strict(), Field(ge=0, le=1)]
 Fraction = Annotated[float, Strict(), Field(gt=0, le=1)]
 Flag = Annotated[bool, Strict()]

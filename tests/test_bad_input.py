@@ -13,13 +13,14 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any, Literal
 
 import numpy as np
 import pytest
-from toys import CONFIG, arrays, call, environment, tree, write_model, write_toys
+from toys import CONFIG, arrays, call, environment, lora_arrays, tree, write_adapter, write_model, write_toys
 
 from mergeflow.errors import Interrupted
 
@@ -31,6 +32,13 @@ name: merged
 models: {base: ./base, a: ./a, b: ./b}
 nodes:
   merged: {op: linear, inputs: [a, b]}
+"""
+LORA_ON_BASE = """\
+recipe: 1
+name: merged
+models: {base: ./base, code: {adapter: ./code}}
+nodes:
+  merged: {op: add, base: base, inputs: [code]}
 """
 TIES = LINEAR.replace("{op: linear, inputs: [a, b]}", "{op: ties, base: base, inputs: [a, b]}")
 
@@ -174,6 +182,21 @@ def killed_before(folder: pathlib.Path) -> None:
     (folder / "before.yaml").unlink()
 
 
+def adapter(*left_out: str, more: Mapping[str, Any] = MappingProxyType({}), **config: Any) -> Prepare:
+    """An adapter of the toys at `code`, without some of its tensors or with more, with other keys in its config."""
+
+    def prepare(folder: pathlib.Path) -> None:
+        tensors = {name: value for name, value in lora_arrays().items() if not name.endswith(left_out or ("?",))}
+        write_adapter(folder / "code", {**tensors, **more}, **config)
+
+    return prepare
+
+
+def pickled_adapter(folder: pathlib.Path) -> None:
+    adapter()(folder)
+    (folder / "code" / "adapter_model.safetensors").rename(folder / "code" / "adapter_model.bin")
+
+
 NORM = "model__norm__weight"
 MLP = "model__layers__1__mlp__weight"
 HOLED = np.array([1, np.nan, np.inf, np.nan], dtype=np.float32)
@@ -245,7 +268,6 @@ CASES = [
     Case("broken_yaml", 2, "recipe", LINEAR + "output: {dtype: bfloat16\n"),
     Case("a_list_for_a_recipe", 2, "recipe", "- recipe: 1\n"),
     Case("an_empty_recipe", 2, "recipe", ""),
-    Case("an_adapter", 2, "recipe", LINEAR.replace("a: ./a", "a: {adapter: ./a}")),
     Case("a_stage", 2, "recipe", LINEAR + "  g: {op: gram, model: a, data: d}\ndata: {d: {path: ./d}}\n"),
     Case("many_problems", 2, "recipe", TIES.replace("ties", "teis") + "  x: {op: liner, inputs: [a]}\nnme: y\n"),
     Case("no_such_recipe", 2, "recipe", file="recipes.yaml"),
@@ -299,6 +321,29 @@ CASES = [
     Case("too_little_memory", 2, "headers", options=("--memory", "1MiB")),
     Case("a_memory_that_is_no_size", 2, "headers", options=("--memory", "lots")),
     Case("no_threads", 2, "run", options=("--threads", "0")),
+    # Adapters.
+    Case("an_adapter_named_as_a_model", 3, "headers", LORA_ON_BASE.replace("{adapter: ./code}", "./code"), adapter()),
+    Case("a_model_named_as_an_adapter", 3, "headers", LORA_ON_BASE.replace("./code", "./a")),
+    Case("a_pickled_adapter", 3, "headers", LORA_ON_BASE, pickled_adapter),
+    Case("an_adapter_of_another_kind", 3, "headers", LORA_ON_BASE, adapter(peft_type="LOHA")),
+    Case("an_adapter_of_dora", 3, "headers", LORA_ON_BASE, adapter(use_dora=True)),
+    Case("an_adapter_of_pissa", 3, "headers", LORA_ON_BASE, adapter(init_lora_weights="pissa_niter_4")),
+    Case("an_adapter_with_an_unknown_key", 3, "headers", LORA_ON_BASE, adapter(use_magic={"strength": 2}, use_nothing=None)),
+    Case("an_adapter_of_many_problems", 3, "headers", LORA_ON_BASE, adapter(r=0, lora_bias=True, layer_replication=[[0, 2], [1, 3]])),
+    Case("an_adapter_of_another_rank", 3, "headers", LORA_ON_BASE, adapter(rank_pattern={"1.mlp": 8})),
+    Case("an_adapter_without_a_half", 3, "headers", LORA_ON_BASE, adapter("1.mlp.lora_B.weight")),
+    Case("an_adapter_with_tensors_left_over", 3, "headers", LORA_ON_BASE, adapter(more={"base_model.model.model.layers.0.mlp.lora_magnitude_vector": np.ones(4, np.float32)})),
+    Case("an_adapter_beyond_its_targets", 3, "headers", LORA_ON_BASE, adapter(target_modules=["0.mlp"])),
+    Case("an_adapter_with_a_pattern_nobody_can_read", 3, "headers", LORA_ON_BASE, adapter(alpha_pattern={"(?=mlp).*": 2})),
+    Case("an_adapter_of_two", 3, "headers", LORA_ON_BASE, adapter(more={name.replace(".weight", ".other.weight"): value for name, value in lora_arrays().items()})),
+    Case("an_adapter_of_a_prefix", 2, "headers", LORA_ON_BASE, both(adapter(), renamed("base", "language_model."))),
+    Case("an_adapter_of_a_layer_that_is_not_there", 2, "headers", LORA_ON_BASE, both(adapter(), lambda f: (write_model(f / "base", arrays(0, layers=1)), None)[1])),
+    Case("an_adapter_of_another_shape", 2, "headers", LORA_ON_BASE, both(adapter(), change("base", **{MLP: np.zeros((4, 6), dtype=np.float32)}))),
+    Case("an_adapter_as_like", 2, "headers", LORA_ON_BASE + "output: {like: code}\n", adapter()),
+    Case("an_adapter_written_without_like", 2, "headers", LORA_ON_BASE.replace("{op: add, base: base, inputs: [code]}", "{op: scale, model: code, by: 2}"), adapter()),
+    Case("an_adapter_as_a_base", 2, "headers", LORA_ON_BASE.replace("base: base, inputs: [code]", "base: code, inputs: [code]"), adapter()),
+    Case("whole_weights_without_a_base", 2, "headers", LORA_ON_BASE.replace("{op: add, base: base, inputs: [code]}", "{op: add, base: base, inputs: [{op: scale, model: code, by: 2}]}"), adapter(more={"base_model.model.model.norm.weight": np.ones(4, np.float32)})),
+    Case("an_adapter_of_a_tied_head", 2, "headers", LORA_ON_BASE, both(adapter(more={"base_model.model.lm_head.weight": np.ones((8, 4), np.float32)}), configured("base", tie_word_embeddings=True))),
     # A run.
     Case("no_such_device", 2, "run", options=("--device", "tpu")),
     Case("no_such_option", 2, "run", options=("--devise", "cpu")),

@@ -399,7 +399,10 @@ def test_a_wrong_node_is_told_what_is_wrong(tmp_path: Path, nodes: str, what: st
         ("{'': ./x}", "'' cannot be a name"),
         ("{}", "the recipe has no `models:`"),
         ("[a, b]", "a mapping of names to checkpoints"),
-        ("{a: {adapter: ./lora}}", "`adapter` cannot be used yet. LoRA adapters"),
+        ("{a: {path: ./x, adapter: ./lora}}", "2:25: a model has `path` or `adapter`, not both"),
+        ("{a: {adapter: ./lora, file: x.safetensors}}", "`file` says nothing here"),
+        ("{a: {adapter: ./lora, space: delta}}", "`space` says nothing here: an adapter is always a delta"),
+        ("{a: {adapter: ''}}", "cannot be ''"),
     ],
 )
 def test_a_wrong_model_is_told_what_is_wrong(tmp_path: Path, models: str, what: str) -> None:
@@ -466,7 +469,7 @@ def test_the_output_dtype_may_be_rules(tmp_path: Path) -> None:
         ("recipe: 1\nmodels: {a: ./a}\nexpect: {g: x}", "`expect` cannot be used yet"),
         ("recipe: 1\nmodels: {a: ./a}\nnodes: {g: {op: gram, model: a, data: q}}", "the op 'gram' cannot be used yet"),
         ("recipe: 1\nmodels: {a: ./a}\nnodes: {g: {op: stack, layers: []}}", "`layers` cannot be []"),
-        ("recipe: 1\nmodels: {a: ./a}\nnodes: {g: {op: linear, inputs: [{adapter: x}]}}", "`adapter` cannot be used yet"),
+        ("recipe: 1\nmodels: {a: ./a}\nnodes: {g: {op: linear, inputs: [{adapter: x}]}}", "`adapter` stands under `models:`"),
     ],
 )  # fmt: skip
 def test_a_wrong_top_level_is_told_what_is_wrong(tmp_path: Path, text: str, what: str) -> None:

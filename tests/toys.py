@@ -59,6 +59,39 @@ def write_toys(folder: pathlib.Path) -> dict[str, dict[str, np.ndarray[Any, Any]
     return made
 
 
+LORA: Mapping[str, Any] = {
+    "peft_type": "LORA",
+    "r": 2,
+    "lora_alpha": 4,
+    "target_modules": ["mlp"],
+    "fan_in_fan_out": False,
+    "use_rslora": False,
+    "init_lora_weights": True,
+    "lora_dropout": 0.1,
+    "base_model_name_or_path": "base",
+}
+"""The part of an adapter_config.json that counts."""
+
+
+def lora_arrays(seed: int = 7, *, layers: int = 2, rank: int = 2) -> dict[str, np.ndarray[Any, Any]]:
+    """The tensors of a LoRA adapter of the toys, under the names that peft gives them."""
+    draw = np.random.default_rng(seed)
+    made = {}
+    for i in range(layers):
+        for half, shape in (("A", (rank, 4)), ("B", (4, rank))):
+            name = f"base_model.model.model.layers.{i}.mlp.lora_{half}.weight"
+            made[name] = draw.standard_normal(shape).astype(np.float32)
+    return made
+
+
+def write_adapter(folder: pathlib.Path, tensors: Arrays, **config: Any) -> pathlib.Path:
+    """An adapter's folder as peft writes it; `config` replaces keys of `LORA`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "adapter_config.json").write_text(json.dumps({**LORA, **config}))
+    save_file(dict(tensors), folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
 @dataclass(frozen=True)
 class Called:
     """What a command left: its exit code, and what it printed."""

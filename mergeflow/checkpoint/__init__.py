@@ -26,6 +26,9 @@ __all__ = ["Checkpoint", "StoredTensor", "WeightFile", "encode_header", "open_ch
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
+ADAPTER_CONFIG = "adapter_config.json"
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
+ADAPTER_PICKLE = "adapter_model.bin"
 FIRST_READ = (1024, 64 * 1024)
 READERS = 8
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
@@ -59,6 +62,11 @@ class Checkpoint:
     config: Mapping[str, Any] | None
     metadata: Mapping[str, str]
 
+    @property
+    def deciding(self) -> Mapping[str, str]:
+        """Files beside the weights that decide what those mean: hex BLAKE3 of their bytes by name."""
+        return {}
+
     def paths(self, files: Iterable[str] | None = None, progress: Progress | None = None) -> dict[str, Path]:
         """Local paths of these weight files (default: all), downloaded where needed.
 
@@ -79,7 +87,7 @@ class Checkpoint:
 
     def json(self, name: str) -> Any | None:
         """A JSON file beside the weights; None when there is none. Raises InputError when it cannot be read as JSON."""
-        return _read_json(self.folder, name) if self.folder.exists(name) else None
+        return read_json(self.folder, name) if self.folder.exists(name) else None
 
 
 def open_checkpoint(folder: Folder, *, file: str | None = None) -> Checkpoint:
@@ -109,7 +117,7 @@ def open_checkpoint(folder: Folder, *, file: str | None = None) -> Checkpoint:
             tensors[tensor.name] = tensor
     if index is not None:
         _check_index(index, tensors, place_of(folder, name))
-    config = _read_json(folder, "config.json") if folder.exists("config.json") else None
+    config = read_json(folder, "config.json") if folder.exists("config.json") else None
     if config is not None and not isinstance(config, dict):
         raise InputError("is not a JSON object", where=place_of(folder, "config.json"))
     return Checkpoint(folder, tensors, {weights.name: weights for weights, _, _ in headers}, config, metadata)
@@ -131,6 +139,8 @@ def _check_there(folder: Folder, files: Iterable[str], index: str) -> None:
 def _usual_file(folder: Folder) -> str:
     """The index or weight file of a folder when the recipe names none."""
     names = [name for name in folder.names() if "/" not in name]
+    if holds_adapter(folder):
+        raise InputError("is an adapter, not a model", where=folder.label, fix="Write `adapter:` in place of `path:`.")
     indexes = [name for name in names if name.endswith(".safetensors.index.json")]
     weights = [name for name in names if name.endswith(".safetensors")]
     if INDEX in indexes or len(indexes) == 1:
@@ -163,6 +173,13 @@ def _usual_file(folder: Folder) -> str:
     )
 
 
+def holds_adapter(folder: Folder) -> bool:
+    """Whether a folder holds a LoRA adapter, and no model of its own beside it."""
+    names = {name for name in folder.names() if "/" not in name}
+    models = {name for name in names if name.endswith((".safetensors", ".safetensors.index.json"))}
+    return ADAPTER_CONFIG in names and bool(names & {ADAPTER_WEIGHTS, ADAPTER_PICKLE}) and models <= {ADAPTER_WEIGHTS}
+
+
 def _check_chosen(folder: Folder, file: str) -> None:
     """`file:` must be a safetensors file or an index inside the folder."""
     if not all(_is_plain(part) for part in file.split("/")):
@@ -193,7 +210,8 @@ def _listed(names: Iterable[str], most: int = 5) -> str:
     return ", ".join(shown[:most]) + more
 
 
-def _read_json(folder: Folder, name: str) -> Any:
+def read_json(folder: Folder, name: str) -> Any:
+    """A JSON file of a folder. Raises InputError when it cannot be read as JSON."""
     where = place_of(folder, name)
     try:
         return json.loads(folder.read(name).decode("utf-8-sig"))
@@ -205,7 +223,7 @@ def _read_json(folder: Folder, name: str) -> Any:
 def _read_index(folder: Folder, name: str) -> dict[str, str]:
     """The weight map of an index: tensor name -> file name below `folder`, each entry checked."""
     where = place_of(folder, name)
-    index = _read_json(folder, name)
+    index = read_json(folder, name)
     entries = index.get("weight_map") if isinstance(index, dict) else None
     if not isinstance(entries, dict) or not entries:
         raise InputError("has no weight_map", where=where, fix="Is it the index of a sharded model?")

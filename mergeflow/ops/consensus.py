@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from mergeflow.errors import RecipeError
 from mergeflow.ops.base import Block, DeltaOp, number, numbers, weighted_sum
 from mergeflow.ops.deltas import scaled
-from mergeflow.settings import Count, NotNegative, Number, PerInput, Setting, setting
+from mergeflow.settings import Count, NonNegative, Number, PerInput, Setting, setting
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -30,7 +30,7 @@ class Consensus(DeltaOp):
     fewest = 2
 
     weight: PerInput[Number] = setting(1.0, "Multiplies this delta first.")
-    lam: Setting[NotNegative] = setting(
+    lam: Setting[NonNegative] = setting(
         0.4, "How large an entry is beside what the others add to it, to be in the mask."
     )
     k: Setting[Count] = setting(2, "In how many masks an entry is at least, to be kept.")

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from mergeflow.ops.base import Block, Cut, DeltaOp, Reduction, number
-from mergeflow.settings import NotNegative, Number, Setting, setting
+from mergeflow.settings import NonNegative, Number, Setting, setting
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -35,7 +35,7 @@ class Widen(DeltaOp):
     cut: ClassVar[Cut] = "row"
     portable = False
 
-    t: Setting[NotNegative] = setting(
+    t: Setting[NonNegative] = setting(
         1.0, "How many times the mean rank of its model a rank is above, to count as important."
     )
     s: Setting[Number] = setting(1.0, "The score of what is important.")

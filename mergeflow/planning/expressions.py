@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from mergeflow.checkpoint.sources import Zeros
 from mergeflow.dtypes import BY_NAME
 from mergeflow.errors import RecipeError
 from mergeflow.graph import Apply, Expression, Load, Made, Measure, loads_of
 from mergeflow.ops import Add, Linear, Op, TaskArithmetic, TaskVector
 from mergeflow.settings import Each, Place
 
-FLOAT64 = BY_NAME["float64"]
+FLOAT32, FLOAT64 = BY_NAME["float32"], BY_NAME["float64"]
 
 
 SUBTRACT = TaskVector()
@@ -19,6 +20,13 @@ MEAN: Op = Linear.model_construct(weight=1.0, normalize=True)
 MEAN_DELTA: Op = TaskArithmetic.model_construct(weight=1.0, normalize=True, scale=1.0)
 ONTO: Op = Add.model_construct(weight=Each((1.0,)))
 """Adds one delta to a base."""
+BOTH: Op = Linear.model_construct(weight=Each((1.0, 1.0)), normalize=False)
+"""The sum of two deltas."""
+
+
+def is_zeros(expression: Expression) -> bool:
+    """Whether an expression is a delta of zeros that reads nothing."""
+    return isinstance(expression, Made) and isinstance(expression.source, Zeros)
 
 
 def mean_like(op: Op, *, based: bool) -> Op:
@@ -35,6 +43,7 @@ class Expressions:
         self.any_wide = any_wide
         """Whether any tensor is float64 at all: without one no expression is looked at."""
         self.differences: dict[tuple[int, int], Apply] = {}
+        self.nothing: dict[tuple[int, ...], Made] = {}
         self.wide: dict[int, bool] = {}
         self.ready: dict[Any, Op] = {}
         self.measures: dict[int, bool] = {}
@@ -53,6 +62,13 @@ class Expressions:
         if measures is None:
             measures = self.measures[id(op)] = op.measures
         return measures
+
+    def zeros(self, shape: tuple[int, ...]) -> Made:
+        """A delta of zeros, which reads nothing."""
+        found = self.nothing.get(shape)
+        if found is None:
+            found = self.nothing[shape] = Made(Zeros(), (), FLOAT32, shape)
+        return found
 
     def difference(self, model: Expression, base: Expression) -> Apply:
         """What a model learnt since a base."""

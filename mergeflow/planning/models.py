@@ -56,51 +56,30 @@ class Table(ABC):
     """What a file's header says of them beside their space."""
     quantised: str = ""
     """Why the numbers mean nothing by themselves, or an empty string."""
+    sparse: bool = False
+    """Whether it gives deltas, and a tensor that it lacks is a delta of zeros."""
 
     @abstractmethod
     def expression(self, name: str) -> Expression:
         """What makes a tensor; the same object each time."""
 
+    def gives_delta(self, name: str) -> bool:
+        """Whether `expression` is a delta; an adapter may hold the whole weight in its place."""
+        return self.space == "delta"
 
-class ModelTable(Table):
-    """A checkpoint's tensors. `tied` says that the config ties the head to the embedding."""
+    def beside(self, name: str) -> Expression | None:
+        """A delta that is added to what a whole weight in the place of a delta changes."""
+        return None
 
-    def __init__(self, planner: Planner, name: str, source: ModelSource, checkpoint: Checkpoint) -> None:
+
+class SourceTable(Table):
+    """An entry of `models:`: what its `only` and `rename` leave of a checkpoint's tensors."""
+
+    def __init__(self, planner: Planner, name: str, checkpoint: Checkpoint) -> None:
         self.name = self.leaf = name
         self.checkpoint, self.config = checkpoint, checkpoint.config or {}
         self.planner, self.findings = planner, planner.findings
         self.where = planner.recipe.where(("models", name))
-        self.space = self._space(source.space)
-        self.tensors = self._renamed(source, self._chosen(source, checkpoint.tensors))
-        self.head = ending(self.tensors, HEADS)
-        self.embedding = ending(self.tensors, EMBEDDINGS)
-        self.tied = from_config(self.config, "tie_word_embeddings") is True and self.embedding is not None
-        self.quantised = quantised(checkpoint)
-        self.places = self._places()
-        self.loads: dict[str, Load] = {}
-
-    def expression(self, name: str) -> Load:
-        tensor = self.tensors[name]
-        found = self.loads.get(tensor.name)
-        if found is None:
-            found = self.loads[tensor.name] = Load(self.name, tensor)
-        return found
-
-    def _space(self, given: Space | None) -> Space:
-        stored = self.checkpoint.metadata.get(SPACE_KEY)
-        if stored not in (None, "weight", "delta"):
-            fix = "Name it under `artifacts:`." if stored == "artifact" else ""
-            self.findings.add(InputError(f"the file's header says that it holds '{stored}'", where=self.where, fix=fix))
-            return "weight"
-        if given and stored and given != stored:
-            self.findings.add(
-                RecipeError(
-                    f"the file says that it holds a {stored}, and the recipe a {given}",
-                    where=self.where,
-                    fix="Leave `space:` out.",
-                )
-            )
-        return "delta" if (stored or given) == "delta" else "weight"
 
     def _chosen(self, source: ModelSource, stored: Mapping[str, StoredTensor]) -> dict[str, StoredTensor]:
         """The tensors that the model's `only` names, by their names in the file."""
@@ -151,6 +130,44 @@ class ModelTable(Table):
         if key not in known:
             known[key] = _with_vocabulary(places(self.tensors), vocab)
         return known[key]
+
+
+class ModelTable(SourceTable):
+    """A checkpoint's tensors. `tied` says that the config ties the head to the embedding."""
+
+    def __init__(self, planner: Planner, name: str, source: ModelSource, checkpoint: Checkpoint) -> None:
+        super().__init__(planner, name, checkpoint)
+        self.space = self._space(source.space)
+        self.tensors = self._renamed(source, self._chosen(source, checkpoint.tensors))
+        self.head = ending(self.tensors, HEADS)
+        self.embedding = ending(self.tensors, EMBEDDINGS)
+        self.tied = from_config(self.config, "tie_word_embeddings") is True and self.embedding is not None
+        self.quantised = quantised(checkpoint)
+        self.places = self._places()
+        self.loads: dict[str, Load] = {}
+
+    def expression(self, name: str) -> Load:
+        tensor = self.tensors[name]
+        found = self.loads.get(tensor.name)
+        if found is None:
+            found = self.loads[tensor.name] = Load(self.name, tensor)
+        return found
+
+    def _space(self, given: Space | None) -> Space:
+        stored = self.checkpoint.metadata.get(SPACE_KEY)
+        if stored not in (None, "weight", "delta"):
+            fix = "Name it under `artifacts:`." if stored == "artifact" else ""
+            self.findings.add(InputError(f"the file's header says that it holds '{stored}'", where=self.where, fix=fix))
+            return "weight"
+        if given and stored and given != stored:
+            self.findings.add(
+                RecipeError(
+                    f"the file says that it holds a {stored}, and the recipe a {given}",
+                    where=self.where,
+                    fix="Leave `space:` out.",
+                )
+            )
+        return "delta" if (stored or given) == "delta" else "weight"
 
     # Tied heads: a head that the config ties to the embedding is no tensor of its own.
 
@@ -258,19 +275,23 @@ def from_config(config: Mapping[str, Any], key: str) -> Any:
     return config.get(key, inner.get(key) if isinstance(inner, Mapping) else None)
 
 
-def rename_line(owner: str, theirs: Collection[str], wanted: Collection[str]) -> str:
-    """The `rename:` line that makes two models' names fit, where a prefix is all that differs; else an empty string."""
-    first = list(wanted)[:3]
+def rename_line(owner: str, theirs: Collection[str], wanted: Collection[str], *, sparse: bool = False) -> str:
+    """The `rename:` line that makes two models' names fit, where a prefix is all that differs; else an empty string.
+
+    It must fit most of the wanted names, or most of theirs where they are `sparse`.
+    """
+    few, many = (theirs, wanted) if sparse else (wanted, theirs)
+    first = list(few)[:3]
     if not first:
         return ""
-    longer = _prefixes(theirs, first)
-    shorter = set.intersection(*({n[: -len(t)] for t in _tails(n) if t in theirs} for n in first)) - {""}
+    longer = _prefixes(many, first)
+    shorter = set.intersection(*({n[: -len(t)] for t in _tails(n) if t in many} for n in first)) - {""}
     for prefix in sorted(longer)[:5]:
-        if 2 * len({name.removeprefix(prefix) for name in theirs} & set(wanted)) > len(wanted):
-            return _rename(owner, f"{prefix}*", "*")
+        if 2 * len({name.removeprefix(prefix) for name in many} & set(few)) > len(few):
+            return _rename(owner, *(("*", f"{prefix}*") if sparse else (f"{prefix}*", "*")))
     for prefix in sorted(shorter)[:5]:
-        if 2 * len({prefix + name for name in theirs} & set(wanted)) > len(wanted):
-            return _rename(owner, "*", f"{prefix}*")
+        if 2 * len({prefix + name for name in many} & set(few)) > len(few):
+            return _rename(owner, *((f"{prefix}*", "*") if sparse else ("*", f"{prefix}*")))
     return ""
 
 

@@ -13,7 +13,7 @@ from mergeflow.ops import Op
 from mergeflow.ops.base import LEAF, DeltaOp, Space
 from mergeflow.ops.draws import draw_key
 from mergeflow.ops.unchanged import Unchanged
-from mergeflow.planning.expressions import ONTO, mean_like
+from mergeflow.planning.expressions import BOTH, ONTO, is_zeros, mean_like
 from mergeflow.planning.models import HEADS, Table, rename_line
 from mergeflow.recipe import Node
 from mergeflow.settings import Each, Place, Rule, constant, in_stack, matches, places, value_at
@@ -111,9 +111,13 @@ class NodeTable(Table):
         if self.node.op.takes == "rules":
             self._selected_names()
             return
-        source = self.base or self.inputs[0]
+        # A sparse table's names are not all there is: they come from another input where there is one.
+        source = self.base or next((one for one in self.inputs if not one.sparse), self.inputs[0])
         self.leaf, self.added, self.stacked = source.leaf, source.added, source.stacked
         self.tensors, self.places = source.tensors, source.places
+        if source.sparse:
+            self.sparse = True
+            self._united_names()
         self._extra_names()
 
     def _selected_names(self) -> None:
@@ -129,6 +133,11 @@ class NodeTable(Table):
             place = table.places[name]
             index = next(i for i, rule in enumerate(self.node.rules) if rule is None or matches(rule, place))
             chosen = self.inputs[index]
+            if name not in chosen.tensors and chosen.sparse:
+                self.made[name] = self.make.zeros(table.tensors[name].shape)
+                self.tensors[name] = table.tensors[name]
+                vocab += [name] if place.vocab else []
+                continue
             if name not in chosen.tensors:
                 owner = next(i for i, one in enumerate(self.inputs) if one is table)
                 self.findings.gather(
@@ -141,6 +150,7 @@ class NodeTable(Table):
             self.tensors[name], self.holders[name] = chosen.tensors[name], chosen
             vocab += [name] if chosen.places[name].vocab else []
         self.added = {name for one in self.inputs for name in one.added}
+        self.sparse = all(one.sparse for one in self.inputs)
         self.places = places(self.tensors, vocab)
         self.stacked = self._selected_stacks()
 
@@ -160,6 +170,13 @@ class NodeTable(Table):
             stack: Stacked(self.node.name, stack, tuple(layers[number] for number in sorted(layers)))
             for stack, layers in found.items()
         }
+
+    def _united_names(self) -> None:
+        """Names of sparse inputs: all that any of them has, since the others are zero there."""
+        for table in self.inputs[1:]:
+            if not table.tensors.keys() <= self.tensors.keys():
+                self.tensors = {**table.tensors, **self.tensors}
+                self.places = places(self.tensors, [n for t in self.inputs for n, p in t.places.items() if p.vocab])
 
     def _extra_names(self) -> None:
         """Names that inputs have beyond the node's: an error, dropped, or kept from the one input that has them."""
@@ -229,13 +246,20 @@ class NodeTable(Table):
         self.findings.gather(
             where,
             f"'{owner}' has {{count}} tensors that '{mine}' lacks: {{names}}",
-            fix or "Write `extra: drop` or `extra: keep` on the node.",
+            fix
+            or (
+                "Is it an adapter of another base? `extra: drop` on the node leaves them out."
+                if table.sparse
+                else "Write `extra: drop` or `extra: keep` on the node."
+            ),
             name,
         )
 
     def _tie_fix(self, name: str, other: Table) -> str:
         """What to write where a head is missing because one model is tied and another is not."""
         mine, theirs = self.planner.is_tied(self.leaf), self.planner.is_tied(other.leaf)
+        if other.sparse and mine and name.endswith(HEADS):
+            return f"'{self.leaf}' ties its head to the embedding: write `tied: untie` under `output:`."
         if mine == theirs or not name.endswith(HEADS):
             return ""
         tied, loose = (self.leaf, other.leaf) if mine else (other.leaf, self.leaf)
@@ -243,7 +267,7 @@ class NodeTable(Table):
 
     def _rename_fix(self, index: int, owner: str, table: Table) -> str:
         if index not in self.fixes:
-            self.fixes[index] = rename_line(owner, table.tensors.keys(), self.tensors.keys())
+            self.fixes[index] = rename_line(owner, table.tensors.keys(), self.tensors.keys(), sparse=table.sparse)
         return self.fixes[index]
 
     # Patterns
@@ -303,7 +327,7 @@ class NodeTable(Table):
 
     def _made(self, name: str) -> Expression:
         if name in self.holders:
-            return self.holders[name].expression(name)
+            return self._as_it_is(name, self.holders[name])
         ready = self.ready.get(name) or self.ready.setdefault(name, self._resolved(name))
         if not isinstance(ready, Ready):
             return ready
@@ -317,6 +341,23 @@ class NodeTable(Table):
         if self.places[name].vocab and self.node.vocab == "ignore":
             self.make.agreed[id(made)] = next(self.make.speakers(made))
         return made
+
+    def _as_it_is(self, name: str, table: Table) -> Expression:
+        """What a table gives for a tensor, in the node's own space."""
+        if self.space == "delta" and not table.gives_delta(name):
+            self._whole_weight(name, table.leaf, self.where())
+            return self._fallen()
+        return table.expression(name)
+
+    def _whole_weight(self, name: str, adapter: str, where: str) -> None:
+        """Note that an adapter holds a whole weight, where its delta is asked for and no base is there to take from it."""
+        self.findings.gather(
+            where,
+            f"the adapter '{adapter}' holds whole weights, whose deltas need its base: {{names}}",
+            f"Put it onto its base first, `{{op: add, base: ..., inputs: [{adapter}]}}`, "
+            "and use that, or its `task_vector`, here.",
+            name,
+        )
 
     def readied(self, name: str) -> Ready | Expression:
         """The op at a tensor with its inputs, or the expression that stands there where nothing is computed."""
@@ -366,6 +407,9 @@ class NodeTable(Table):
                 )
                 return self._fallen()
             return base if self.space == "weight" else self.make.difference(base, base)
+        on_deltas = self._on_deltas(op) and self.space == "weight" and not op.over_model
+        if base is not None and on_deltas and all(map(is_zeros, expressions)):
+            return base
         if self.tensors[name].dtype.kind != "float":
             return self._unchanged(expressions, are_deltas, base)
         if len(kept) < op.fewest:
@@ -376,6 +420,11 @@ class NodeTable(Table):
             # What concerns many tensors is one line: the names stand before it.
             what = error.what.replace(f"'{name}'", "it")
             self.findings.gather(self.where(), f"at {{names}}: {what}", error.fix, name)
+            return self._fallen()
+        if base is None and self.space == "delta" and not all(are_deltas):
+            for index, is_delta in zip(kept, are_deltas, strict=True):
+                if not is_delta:
+                    self._whole_weight(name, self.inputs[index].leaf, self.at_input(index))
             return self._fallen()
         only = ready.only_input(len(kept)) if base is None else None
         if only is not None:
@@ -419,6 +468,8 @@ class NodeTable(Table):
 
     def _from_others(self, name: str, others: Table) -> Expression:
         stored, wanted = others.tensors.get(name), self.tensors[name]
+        if stored is None and others.sparse:
+            return self.make.zeros(wanted.shape)
         what = ""
         if stored is None:
             what = "lacks {names}"
@@ -434,7 +485,7 @@ class NodeTable(Table):
                 name,
             )
             return self._fallen()
-        return others.expression(name)
+        return self._as_it_is(name, others)
 
     def _given(self, name: str, place: Place, op: Op) -> tuple[list[int], list[Expression], list[bool]] | None:
         """What inputs give for a tensor after the rules for missing and unlike ones, and which of that is a delta."""
@@ -445,6 +496,11 @@ class NodeTable(Table):
         sound = True
         for index, table in enumerate(self.inputs):
             stored = table.tensors.get(name)
+            if stored is None and table.sparse:
+                kept.append(index)
+                expressions.append(self.make.zeros(wanted.shape))
+                are_deltas.append(True)
+                continue
             if stored is None or stored.shape != wanted.shape:
                 key = "missing" if stored is None else "mismatch"
                 policy = value_at(getattr(self.node, key), place)
@@ -480,7 +536,7 @@ class NodeTable(Table):
             else:
                 kept.append(index)
                 expressions.append(table.expression(name))
-                are_deltas.append(table.space == "delta")
+                are_deltas.append(table.gives_delta(name))
         return (kept, expressions, are_deltas) if sound else None
 
     def _missing(self, index: int, name: str) -> None:
@@ -527,13 +583,16 @@ class NodeTable(Table):
                     name,
                 )
                 return None
-        return self.make.difference(expression, base.expression(name))
+        difference = self.make.difference(expression, base.expression(name))
+        beside = self.inputs[index].beside(name)
+        return difference if beside is None else self.make.apply(BOTH, (difference, beside))
 
     def _unchanged(
         self, expressions: Iterable[Expression], are_deltas: Iterable[bool], base: Expression | None
     ) -> Expression:
         """Integers and booleans are never computed on: they must be equal, which the run looks at."""
         given = {id(one): (one, is_delta) for one, is_delta in zip(expressions, are_deltas, strict=True)}
+        given = {key: pair for key, pair in given.items() if not is_zeros(pair[0])}
         if base is not None:
             given = {id(base): (base, False), **given}
         gives_delta = self.space == "delta" and not all(is_delta for _, is_delta in given.values())
@@ -552,7 +611,7 @@ class NodeTable(Table):
             own = self.bases[index]
             if own is not None and own is not self.base and name in own.tensors:
                 given.append((own.expression(name), self.where("inputs", index, "base")))
-        first = next(self.make.speakers(given[0][0]))
+        first = next((model for one, _ in given for model in self.make.speakers(one)), "")
         for expression, where in given:
             for model in self.make.speakers(expression):
                 clash = self.planner.vocabularies.clash(first, model)

@@ -12,12 +12,14 @@ from blake3 import blake3
 
 from mergeflow import __version__
 from mergeflow.checkpoint import Checkpoint
+from mergeflow.checkpoint.adapter import Adapter
 from mergeflow.dtypes import BY_NAME, DType
 from mergeflow.errors import RecipeError, raise_all
 from mergeflow.graph import Apply, EqualTensors, Expression, Load, Plan, Row, Shard, SideFile, Stacked
 from mergeflow.layout import Tensor, lay_out
+from mergeflow.planning.adapters import AdapterTable, Filled
 from mergeflow.planning.emr import EmrApplyTable, EmrArtifact, EmrTable
-from mergeflow.planning.expressions import FLOAT64, Expressions, loads
+from mergeflow.planning.expressions import FLOAT32, FLOAT64, Expressions, loads
 from mergeflow.planning.findings import Findings, nearest, some
 from mergeflow.planning.models import SPACE_KEY, ModelTable, Table, packed, quantised, settle_ties
 from mergeflow.planning.nodes import NodeTable
@@ -25,9 +27,6 @@ from mergeflow.planning.stacks import StackTable, counterparts, numbered_stacks
 from mergeflow.planning.vocabulary import Vocabularies
 from mergeflow.recipe import Node, Output, Recipe
 from mergeflow.settings import Gradient, Place, matches, value_at
-
-FLOAT32 = BY_NAME["float32"]
-
 
 KINDS: Mapping[str, Callable[[Planner, Node], Table]] = {
     "emr": EmrTable,
@@ -83,14 +82,19 @@ class Planner:
         self.shards: list[Shard] = []
         self.side_files: list[SideFile] = []
         self.stacks: dict[str, tuple[Stacked, ...]] = {}
-        opened = [
-            ModelTable(self, name, recipe.models[name], checkpoint)
-            for name, checkpoint in models.items()
-            if name in recipe.models
-        ]
-        self.tables: dict[str, Table] = {table.name: table for table in opened}
-        self.tables |= {name: EmrArtifact(self, name, models[name]) for name in recipe.artifacts if name in models}
+        self.tables: dict[str, Table] = {}
+        for name, checkpoint in models.items():
+            if name in recipe.artifacts:
+                self.tables[name] = EmrArtifact(self, name, checkpoint)
+            elif isinstance(checkpoint, Adapter):
+                self.tables[name] = AdapterTable(self, name, recipe.models[name], checkpoint)
+            else:
+                self.tables[name] = ModelTable(self, name, recipe.models[name], checkpoint)
+        opened = [table for table in self.tables.values() if isinstance(table, ModelTable)]
         settle_ties(opened, *self._tied(), references(recipe, [output.node for output in recipe.outputs.values()]))
+        for table in self.tables.values():
+            if isinstance(table, AdapterTable):
+                table.settle_layouts(opened)
 
     def _tied(self) -> tuple[str | None, str]:
         """The outputs' word for tied heads, and the model whose config it means."""
@@ -198,13 +202,30 @@ class Planner:
     def _output(self, output: Output) -> None:
         table = self.table(output.node)
         like = self.tables[output.like or default_like(self.recipe, output.node)]
-        assert isinstance(like, ModelTable), "`like` is an entry of models"
+        if not isinstance(like, ModelTable):
+            self.findings.add(
+                RecipeError(
+                    f"the output would be like '{like.leaf}', which is an adapter and has no config of a model",
+                    where=self.recipe.where((*output.path, "like") if output.like else output.path),
+                    fix="Name its base under `like:`.",
+                )
+            )
+            return
+        if table.sparse:
+            table = Filled(table, like, self.expressions)
         others = self._check_like(output, table, like) if table.space != "artifact" else {}
         self.check_setting(output.dtype, table.places, self.recipe.where((*output.path, "dtype")))
         tensors: list[Tensor] = []
         expressions: list[Expression] = []
         for name, stored in table.tensors.items():
             expression = table.expression(name)
+            if table.space == "delta" and not table.gives_delta(name):
+                self.findings.gather(
+                    self.recipe.where(output.path),
+                    f"the adapter '{table.leaf}' holds whole weights, whose deltas need its base: {{names}}",
+                    "Put it onto its base, `{op: add, base: ..., inputs: [...]}`, and write that, or its `task_vector`.",
+                    name,
+                )
             model = like.tensors.get(others.get(name, ""))
             dtype = stored.dtype
             if dtype.kind == "float" and name not in table.fixed:
@@ -322,7 +343,12 @@ class Planner:
     def _digests(self) -> dict[str, str]:
         """Named digests of all that goes into the plan's digest, so that a refusal can say what changed."""
         inputs = [
-            (name, checkpoint.folder.revision, [(f.name, f.size, f.header_digest) for f in checkpoint.files.values()])
+            (
+                name,
+                checkpoint.folder.revision,
+                [(f.name, f.size, f.header_digest) for f in checkpoint.files.values()],
+                *sorted(checkpoint.deciding.items()),
+            )
             for name, checkpoint in self.models.items()
         ]
         stamps = [

@@ -97,12 +97,12 @@ class StackTable(NodeTable):
         blocks = self._blocks()
         taken = self._taken(blocks) if blocks is not None else None
         if blocks is None or taken is None:
-            self._as_it_is()
+            self._taken_as_it_is()
             return
         self._check_layers(blocks, taken)
         outside = self._outside(blocks)
         if self.told:
-            self._as_it_is()
+            self._taken_as_it_is()
             return
         self.sound = True
         before = {name: one for name, one in outside.items() if stands_before(name, blocks)}
@@ -114,7 +114,7 @@ class StackTable(NodeTable):
         self.stacked = self._stacked(blocks, taken)
         self._tell(blocks, taken)
 
-    def _as_it_is(self) -> None:
+    def _taken_as_it_is(self) -> None:
         """What is wrong was said: a model as it is stands for the stack, so that the rest can be looked at."""
         self.tensors, self.places, self.stacked = self.model.tensors, self.model.places, self.model.stacked
         self.origins = {name: _Origin(self.model, name) for name in self.tensors}

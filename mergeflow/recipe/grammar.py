@@ -57,11 +57,17 @@ def parse_size(text: str) -> int:
 
 
 class ModelSource(_Section):
-    """A checkpoint: a Hugging Face folder, a `.safetensors` file, or a hub repository."""
+    """A checkpoint: a Hugging Face folder, a `.safetensors` file, or a hub repository; or a LoRA adapter."""
 
-    path: Text = Field(
+    path: Text | None = Field(
+        default=None,
         min_length=1,
         description="A hub repository (owner/name), or a local path (./x, ../x, /x, ~/x, or x.safetensors).",
+    )
+    adapter: Text | None = Field(
+        default=None,
+        min_length=1,
+        description="In place of `path`: a LoRA adapter as peft saves it, a folder or hub repository; it is a delta.",
     )
     revision: Text | None = Field(default=None, description="A hub commit, tag or branch.")
     subfolder: Text | None = Field(default=None, description="The folder in the repository that holds the model.")
@@ -77,6 +83,11 @@ class ModelSource(_Section):
         default=None, description="What the tensors are; default: what the file's header says, else weight."
     )
 
+    @property
+    def location(self) -> str:
+        """Where it is: `path`, or `adapter`."""
+        return self.adapter or self.path or ""
+
 
 class ArtifactSource(_Section):
     """What a run made that is no model: a folder, or a hub repository."""
@@ -84,6 +95,11 @@ class ArtifactSource(_Section):
     path: Text = Field(min_length=1, description="A hub repository (owner/name), or a local path (./x, ../x, /x, ~/x).")
     revision: Text | None = Field(default=None, description="A hub commit, tag or branch.")
     subfolder: Text | None = Field(default=None, description="The folder in the repository that holds it.")
+
+    @property
+    def location(self) -> str:
+        """Where it is."""
+        return self.path
 
     @property
     def file(self) -> None:

@@ -38,7 +38,6 @@ DEEPEST = 200
 MOST_PROBLEMS = 100
 
 LATER = {
-    "adapter": "LoRA adapters as models come with a later version of mergeflow.",
     "data": "Stages, and the data they read, come with a later version of mergeflow.",
     "expect": "Checks on the result come with a later version of mergeflow.",
 }
@@ -281,6 +280,9 @@ class _Parser:
     def unknown_key(self, key: str, known: Sequence[str], path: Path) -> None:
         if key in LATER:
             self.problem(f"`{key}` cannot be used yet", path, LATER[key], key=True)
+        elif key == "adapter":
+            fix = "Write `models: {NAME: {adapter: ./folder}}`, and NAME here."
+            self.problem("`adapter` stands under `models:`", path, fix, key=True)
         elif key in MERGEKIT_WORDS:
             self.problem(f"`{key}` is mergekit's word", path, MERGEKIT_WORDS[key], key=True)
         else:
@@ -406,6 +408,7 @@ class _Parser:
                 self.spoiled |= {(*path, "path")} if path in self.spoiled else set()
             found = self.checked(ModelSource, given, path)
             if found is not None:
+                self.check_source(found, path)
                 self.check_rename(found, path)
             # A model that cannot be read is there all the same: what refers to it is no further problem.
             self.models[name] = found or ModelSource(path=".")
@@ -418,6 +421,21 @@ class _Parser:
                 self.problem(f"{_shown(name)} is a model already", path, "Give the artifact another name.", key=True)
             found = self.checked(ArtifactSource, {"path": given} if isinstance(given, str) else given, path)
             self.artifacts[name] = found or ArtifactSource(path=".")
+
+    def check_source(self, source: ModelSource, path: Path) -> None:
+        """A model is a checkpoint or an adapter; what an adapter is needs no words."""
+        if source.path is None and source.adapter is None:
+            about = ModelSource.model_fields["path"].description
+            self.problem("`path` is missing", path, f"Add `path:`: {about}")
+        elif source.path is not None and source.adapter is not None:
+            fix = "Make them two models, and put the adapter onto the other: `{op: add, base: ..., inputs: [...]}`."
+            self.problem("a model has `path` or `adapter`, not both", (*path, "adapter"), fix, key=True)
+        for word, why in (
+            ("file", "an adapter's weights are adapter_model.safetensors"),
+            ("space", "an adapter is always a delta"),
+        ):
+            if source.adapter is not None and getattr(source, word) is not None:
+                self.problem(f"`{word}` says nothing here: {why}", (*path, word), "Leave it out.", key=True)
 
     def check_rename(self, source: ModelSource, path: Path) -> None:
         for old, new in (source.rename or {}).items():
@@ -461,8 +479,6 @@ class _Parser:
             else:
                 self.unknown_key(key, _keys_at(model, inner, siblings), full)
         elif kind == "missing":
-            if last == "path" and "adapter" in here:
-                return
             places = {"model", "inputs", "rules", "layers", "emr"}
             if op is not None and detail["loc"] == (last,) and last in places and places & data.keys():
                 return  # the key that stands in its place is answered
@@ -758,7 +774,7 @@ def _is_word(path: Path) -> bool:
     if path == ("name",):
         return True
     return path[0] in ("models", "artifacts") and (
-        len(path) == 2 or (len(path) == 3 and path[2] in ("path", "revision", "subfolder", "file"))
+        len(path) == 2 or (len(path) == 3 and path[2] in ("path", "adapter", "revision", "subfolder", "file"))
     )
 
 
