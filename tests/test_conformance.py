@@ -17,6 +17,7 @@ from pages import write_examples
 from toys import environment
 
 import mergeflow.ops as ops
+from mergeflow import load_recipe, run
 from mergeflow.ops import LEAF, OPS, Block, DeltaOp, Op, Reduction
 from mergeflow.ops.base import numbers, weighted_sum
 from mergeflow.ops.draws import uniform
@@ -80,6 +81,18 @@ def test_every_op_gives_the_same_bytes_whatever_the_hash_seed(tmp_path: Path) ->
         made.append({name: data for name, data in files.items() if name.endswith(".safetensors")})
     assert {name.split("/")[0] for name in made[0]} == {op.name for op in OPS}
     assert made[0] == made[1]
+
+
+@pytest.mark.parametrize("op", [op for op in OPS if op.takes not in ("model", "inputs")], ids=lambda op: op.name)
+def test_what_is_planned_in_place_of_an_op_gives_the_same_bytes_in_every_run(op: type[Op], tmp_path: Path) -> None:
+    """Of ops that compute nothing themselves, whose suite has no tensors to try."""
+    write_examples(tmp_path, [op])
+    made = []
+    for threads, memory, reading in ((1, 2**30, "mmap"), (2, 2**26, "pread"), (2, 2**30, "mmap")):
+        out = tmp_path / f"out{len(made)}"
+        run(load_recipe(tmp_path / f"{op.name}.yaml"), out, threads=threads, memory=memory, reading=reading)  # type: ignore[arg-type]
+        made.append({name: data for name, data in files_of(out).items() if name.endswith(".safetensors")})
+    assert made[0] and made[0] == made[1] == made[2]
 
 
 # The suite itself.
