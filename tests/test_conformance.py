@@ -18,7 +18,19 @@ from toys import environment
 
 import mergeflow.ops as ops
 from mergeflow import load_recipe, run
-from mergeflow.ops import LEAF, OPS, Block, DeltaOp, Op, Reduction
+from mergeflow.ops import (
+    LEAF,
+    OPS,
+    Add,
+    Block,
+    DeltaOp,
+    Linear,
+    Op,
+    Passthrough,
+    Reduction,
+    TaskArithmetic,
+    Ties,
+)
 from mergeflow.ops.base import numbers, weighted_sum
 from mergeflow.ops.draws import uniform
 from mergeflow.settings import Fraction, Number, PerInput, Setting, setting
@@ -52,16 +64,35 @@ DECLARED: dict[str, dict[str, Any]] = {
 """What the classes of ops do not say of themselves, by op (see `OpConformance`)."""
 
 
+FURTHER: dict[str, tuple[Case, ...]] = {
+    "linear": (Case(Linear(weight=[0.3, 0.5, 0.1]), 3),),
+    "task_arithmetic": (
+        Case(TaskArithmetic(weight=[0.3, -0.4]), 2, True),
+        Case(TaskArithmetic(normalize=True), 3, True, averages=True),
+    ),
+    "ties": (
+        Case(Ties(density=[0.01, 0.5, 1.0], weight=[0.3, -0.2, 0.4], rescale="l1", vote="count"), 3, True),
+        Case(Ties(density=0.6, rescale="l2", rounding="ceil", normalize=False, scale=0.7), 1, True),
+    ),
+    "add": (Case(Add(weight=0.5), 2, True),),
+    "passthrough": (Case(Passthrough(scale=0.3), 1),),
+}
+"""Cases beyond those that the suite reads off the classes."""
+
+
 def suite_of(op: type[Op], **declared: Any) -> type[OpConformance]:
     """The suite of an op, as a test file of its own would write it."""
     return type(f"Test{op.__name__}", (OpConformance,), {"op": op, "__module__": __name__, **declared})
 
 
-globals().update({f"Test{op.__name__}": suite_of(op, **DECLARED.get(op.name, {})) for op in OPS})
+for _op in OPS:
+    _cases = (*cases_of(_op), *FURTHER.get(_op.name, ())) if _op.takes in ("model", "inputs") else ()
+    _declared = {"cases": lambda self, cases=_cases: cases, **DECLARED.get(_op.name, {})}
+    globals()[f"Test{_op.__name__}"] = suite_of(_op, **_declared)
 
 
 def test_what_is_declared_is_declared_of_ops_that_there_are() -> None:
-    assert DECLARED.keys() <= {op.name for op in OPS}
+    assert DECLARED.keys() | FURTHER.keys() <= {op.name for op in OPS}
 
 
 def test_every_op_gives_the_same_bytes_whatever_the_hash_seed(tmp_path: Path) -> None:
