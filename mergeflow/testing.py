@@ -394,7 +394,7 @@ class OpConformance:
         shape = self._large(case)
         given, _ = _given(case, [_values(shape, "normal", i) for i in range(_count(case))])
         whole = _in_blocks(case, given, shape, 2**40)
-        for rows in (1, 100, 1000):
+        for rows in (13, 100, 1000):
             got = _in_blocks(case, given, shape, rows * shape[-1])
             assert self._close(case, got, whole), (
                 f"blocks of {rows} rows give another result ({_difference(got, whole)})"
