@@ -8,9 +8,9 @@ Run in an environment of its own, where mergeflow need not be:
     python make.py [PACKAGE ...]
 
 Each package gets one safetensors file beside this script. Its tensors are called CASE/TENSOR; its metadata `cases` gives, as
-JSON, for each case our op and parameters, the models, what was called there and with which parameters, and where the two readings part. The
-packages' own code computes every number; this script only calls it, and adds a merged delta to the base where the package
-stops at the delta.
+JSON, for each case our op and parameters, the models, what was called there and with which parameters, and where the two
+readings part. The packages' own code computes every number; this script only calls it, and adds a merged delta to the base
+where the package stops at the delta.
 
 How parameters are aligned:
 
@@ -20,6 +20,8 @@ max(1, int((1 - k') n)), so k' = (k - 3/2) / n. mergekit weighs before the vote 
 peft weighs after it, fusion-bench and sd-mecha not at all, and all three divide by the number of agreeing deltas: the same for
 equal weights. mergekit, peft: a sum of 0 elects +; fusion-bench elects the sign of the model's majority, sd-mecha nothing.
 No sum here is 0, and no two entries tie at a threshold.
+
+nuslerp. `nuslerp_row_wise: true` is our `row_wise: false` and the other way round: their flag is named after columns.
 
 Random ops. mergekit draws by torch.bernoulli(p) from one global stream. `drawn` cases hand it u < p instead, u being
 the numbers of Philox4x32-10 under the case's keys, one for each input, as written here from the paper: the op is called with
@@ -124,7 +126,7 @@ def mergekit_cases() -> list[Case]:
         without: Sequence[str] = (),
         **more: Any,
     ) -> Case:
-        """`theirs` are mergekit's parameters where they are called otherwise; `without` are tensors it fails on."""
+        """`theirs` are mergekit's parameters where they are called otherwise; `without` are tensors that are left out."""
         called = dict(parameters if theirs is None else theirs)
         base_given = more.get("base", True)
 
@@ -198,19 +200,20 @@ def mergekit_cases() -> list[Case]:
         case("nuslerp_flat_base", "nuslerp", "nuslerp", {"weight": two}),
         case("nuslerp_opposed", "nuslerp", "nuslerp", {"weight": [0.6, -0.6]}),
     ]
-    swapped = "mergekit's nuslerp_row_wise takes vectors along the first axis, and its absence along the last"
+    swapped = "nuslerp_row_wise takes vectors along the first axis, and without it along the last, which are the rows of a matrix"
     for based in (False, True):
-        tail = "_base" if based else ""
-        for turn in (False, True):
+        for theirs_rows in (False, True):
             found.append(
                 case(
-                    f"nuslerp_{'first' if turn else 'last'}_axis{tail}",
+                    f"nuslerp_{'columns' if theirs_rows else 'rows'}{'_base' if based else ''}",
                     "nuslerp",
                     "nuslerp",
-                    {"weight": two, "flatten": False, "row_wise": turn},
-                    {"weight": two, "nuslerp_flatten": False, "nuslerp_row_wise": turn},
+                    {"weight": two, "flatten": False, "row_wise": not theirs_rows},
+                    {"weight": two, "nuslerp_flatten": False, "nuslerp_row_wise": theirs_rows},
                     base=based,
-                    note=swapped,
+                    without=("experts.weight",) if theirs_rows else (),
+                    note=swapped
+                    + ("; the last axis but one, ours, is the first of matrices only" if theirs_rows else ""),
                 )
             )
     found += [
