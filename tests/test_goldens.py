@@ -7,6 +7,7 @@ fails. A distance is |ours - theirs| / |theirs| in L2, for each tensor alone.
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +22,7 @@ from torch import Tensor
 
 import mergeflow.ops as ops
 from mergeflow import Recipe, run
-from mergeflow.ops import Block, measure, op_named
+from mergeflow.ops import Block, draws, measure, op_named
 from mergeflow.ops.base import cut_as
 from mergeflow.settings import Place
 
@@ -136,23 +137,26 @@ def test_with_the_masks_that_another_package_drew_an_op_gives_its_result(
     for name, want in wanted.items():
         rows = masks[name].reshape(len(inputs), -1)
 
-        def replayed(key: int, start: int, like: Tensor, rows: Tensor = rows) -> Tensor:
+        def uniform(key: int, start: int, like: Tensor, rows: Tensor = rows) -> Tensor:
             """Numbers for which exactly what the mask keeps is kept: 0, or the greatest there is."""
-            dropped = rows[key].reshape(-1)[start : start + like.numel()] == 0
-            return dropped.float().mul_(1 - 2.0**-24).reshape(like.shape)
+            dropped = rows[key, start : start + like.numel()] == 0
+            return dropped.float().mul_(1 - 2.0**-24)
 
-        _replace_draws(monkeypatch, replayed)
+        def below(key: int, start: int, like: Tensor, limit: float, drawn: Any = uniform) -> Tensor:
+            return drawn(key, start, like) < limit
+
+        for function, replacement in (("uniform", uniform), ("below", below)):
+            replace_everywhere(monkeypatch, getattr(draws, function), replacement)
         got = called(golden, base[name], [one[name] for one in inputs], range(len(inputs)))
         close(got, want, golden.furthest, f"{name} of {golden}")
+        monkeypatch.undo()
 
 
-def _replace_draws(monkeypatch: pytest.MonkeyPatch, replacement: Any) -> None:
-    """Wherever ops have the function of their draws, another one."""
-    from mergeflow.ops import draws
-
-    for module in (draws, *(one for one in vars(ops).values() if getattr(one, "__name__", "").startswith("mergeflow"))):
-        if hasattr(module, "uniform"):
-            monkeypatch.setattr(module, "uniform", replacement)
+def replace_everywhere(monkeypatch: pytest.MonkeyPatch, function: Any, replacement: Any) -> None:
+    """Wherever a module of ours has a function under its own name, another."""
+    for name, module in list(sys.modules.items()):
+        if name.startswith("mergeflow") and vars(module).get(function.__name__) is function:
+            monkeypatch.setattr(module, function.__name__, replacement)
 
 
 @pytest.mark.parametrize("golden", OF_MODELS, ids=str)
