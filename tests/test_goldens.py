@@ -7,6 +7,7 @@ fails. A distance is |ours - theirs| / |theirs| in L2, for each tensor alone.
 from __future__ import annotations
 
 import json
+import math
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -16,12 +17,12 @@ from typing import Any
 import pytest
 import torch
 from checkpoints import save, weights_of
-from goldens.inputs import digest, models
+from goldens.inputs import digest, llama, models, write_llamas
 from safetensors import safe_open
 from torch import Tensor
 
 import mergeflow.ops as ops
-from mergeflow import Recipe, run
+from mergeflow import Recipe, load_recipe, run
 from mergeflow.ops import Block, draws, measure, op_named
 from mergeflow.ops.base import cut_as
 from mergeflow.settings import Place
@@ -89,10 +90,19 @@ def _read(path: Path) -> list[Golden]:
     return [Golden(path, name, **{**one, "keys": tuple(one["keys"])}) for name, one in sorted(said.items())]
 
 
-GOLDENS = [golden for path in sorted(HERE.glob("*.safetensors")) for golden in _read(path)]
+GOLDENS = [golden for package in FURTHEST for golden in _read(HERE / f"{package}.safetensors")]
 REPLAYED = [golden for golden in GOLDENS if golden.masked]
 OF_MODELS = [golden for golden in GOLDENS if golden.scope == "model"]
 OF_TENSORS = [golden for golden in GOLDENS if golden not in REPLAYED and golden not in OF_MODELS]
+
+
+def _read_merges() -> dict[str, Any]:
+    with safe_open(HERE / "mergekit-yaml.safetensors", "pt") as file:
+        return dict(json.loads(file.metadata()["cases"]))
+
+
+MERGES = _read_merges()
+"""Configurations that mergekit's command merged, by name."""
 
 
 def close(got: Tensor, want: Tensor, furthest: float, what: str) -> None:
@@ -182,6 +192,26 @@ def test_a_run_gives_what_another_package_gives_of_whole_models(golden: Golden, 
         close(got[name], want, golden.furthest, f"{name} of {golden}")
 
 
+@pytest.mark.parametrize("name", MERGES)
+def test_an_imported_configuration_gives_what_the_command_of_mergekit_gives(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from mergeflow.importing import import_config, write_recipe
+
+    merge = MERGES[name]
+    assert write_llamas(tmp_path) == merge["digest"], "the golden was made of other models"
+    monkeypatch.chdir(tmp_path)
+    Path("config.yml").write_text(merge["config"])
+    write_recipe(import_config("config.yml"), "recipe.yaml")
+    got = weights_of(run(load_recipe("recipe.yaml"), tmp_path / "out").path)
+    shapes = llama(merge["layers"])
+    assert {tensor: tuple(one.shape) for tensor, one in got.items()} == shapes
+    with safe_open(HERE / "mergekit-yaml.safetensors", "pt") as file:
+        joined = file.get_tensor(name)
+    for tensor, want in zip(shapes, joined.split([math.prod(shape) for shape in shapes.values()]), strict=True):
+        close(got[tensor], want.reshape(shapes[tensor]), FURTHEST["mergekit"], f"{tensor} of {name}")
+
+
 def test_goldens_come_from_four_packages_and_say_how_they_were_made() -> None:
     assert {golden.package: golden.version for golden in GOLDENS} == {
         "mergekit": "0.1.5",
@@ -189,7 +219,8 @@ def test_goldens_come_from_four_packages_and_say_how_they_were_made() -> None:
         "sd-mecha": "1.1.8",
         "peft": "0.21.2",
     }
-    assert len(REPLAYED) == 4 and len(OF_MODELS) >= 4
+    assert len(REPLAYED) == 4 and len(OF_MODELS) >= 4 and len(MERGES) >= 20
+    assert {merge["version"] for merge in MERGES.values()} == {"0.1.5"}
     assert all(golden.there and golden.wanted() for golden in GOLDENS)
     assert sum(path.stat().st_size for path in HERE.iterdir()) < 400_000
 

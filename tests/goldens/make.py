@@ -5,12 +5,15 @@ Run in an environment of its own, where mergeflow need not be:
     pip install torch==2.13.0
     pip install --no-deps mergekit==0.1.5 fusion-bench==0.2.33 sd-mecha==1.1.8 peft==0.21.2
     pip install -r requirements.txt
-    python make.py [PACKAGE ...]
+    python make.py [FILE ...]
 
 Each package gets one safetensors file beside this script. Its tensors are called CASE/TENSOR; its metadata `cases` gives, as
 JSON, for each case our op and parameters, the models, what was called there and with which parameters, and where the two
 readings part. The packages' own code computes every number; this script only calls it, and adds a merged delta to the base
 where the package stops at the delta.
+
+One file more, `mergekit-yaml`, has what mergekit's command makes of the configurations in `../mergekit_configs` that draw
+nothing, on four Llamas of `inputs.py`.
 
 How parameters are aligned:
 
@@ -39,7 +42,11 @@ import contextlib
 import importlib.metadata
 import json
 import math
+import os
+import shutil
+import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -47,8 +54,8 @@ from typing import Any
 from unittest import mock
 
 import torch
-from inputs import SHAPES, digest, models
-from safetensors.torch import save_file
+from inputs import SHAPES, digest, llama, models, write_llamas
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 HERE = Path(__file__).parent
@@ -652,10 +659,89 @@ CASES: Mapping[str, Callable[[], list[Case]]] = {
 }
 
 
-def main(packages: Sequence[str]) -> None:
-    """Writes the file of each package."""
+# mergekit's command
+
+
+CONFIGS = HERE.parent / "mergekit_configs"
+RANDOM = ("dare", "della")
+"""How the names of configurations begin whose numbers depend on draws."""
+
+
+def mergekit_yaml(config: str, folder: Path, *options: str) -> Tensors:
+    """What the command makes of a configuration in this folder."""
+    (folder / "config.yml").write_text(config)
+    command = Path(sys.executable).with_name("mergekit-yaml")
+    words = [command, "config.yml", "out", "--no-copy-tokenizer", "--no-write-model-card", "--quiet", *options]
+    environment = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    subprocess.run(words, cwd=folder, env=environment, check=True)
+    merged: Tensors = {}
+    for path in sorted((folder / "out").glob("*.safetensors")):
+        merged |= load_file(path)
+    shutil.rmtree(folder / "out")
+    return dict(sorted(merged.items()))
+
+
+def make_mergekit_yaml() -> None:
+    """Writes what the command makes of each configuration, tensors sorted by name and joined into one: CONFIG.
+
+    First it proves that the command draws as the `replayed` cases say.
+    """
+    with tempfile.TemporaryDirectory() as made:
+        folder = Path(made)
+        models_digest = write_llamas(folder)
+        prove_order_of_draws(folder)
+        tensors: Tensors = {}
+        cases: dict[str, Any] = {}
+        for path in sorted(CONFIGS.glob("*.yml")):
+            config = path.read_text()
+            if path.stem.startswith(RANDOM) or "\n---\n" in config:
+                continue
+            merged = mergekit_yaml(config, folder)
+            layers = len([name for name in merged if name.endswith("q_proj.weight")])
+            assert {name: tuple(one.shape) for name, one in merged.items()} == llama(layers), path.stem
+            tensors[path.stem] = torch.cat([one.reshape(-1) for one in merged.values()])
+            cases[path.stem] = {
+                "config": config,
+                "layers": layers,
+                "digest": models_digest,
+                "package": "mergekit",
+                "version": importlib.metadata.version("mergekit"),
+            }
+    written("mergekit-yaml", tensors, cases)
+
+
+def prove_order_of_draws(folder: Path) -> None:
+    """Raises AssertionError unless the command draws for tensors sorted by name, for each its inputs in order, from one stream."""
+    from mergekit.merge_methods.api import merge_state_dicts
+
+    config = """
+merge_method: dare_linear
+base_model: ./base
+models: [{model: ./b, parameters: {weight: 0.5}}, {model: ./a, parameters: {weight: 0.8}}]
+parameters: {density: 0.4}
+"""
+    by_command = mergekit_yaml(config, folder, "--random-seed", "11")
+    stored = [load_file(folder / name / "model.safetensors") for name in ("base", "b", "a")]
+    listed = [dict(sorted(one.items())) for one in stored]
+    torch.manual_seed(11)
+    by_hand = merge_state_dicts(listed, "dare_linear", parameters={"weight": [0.5, 0.8], "density": 0.4}, base=0)
+    assert all(torch.equal(by_command[name], by_hand[name]) for name in by_hand)
+
+
+def written(name: str, tensors: Tensors, cases: Mapping[str, Any]) -> None:
+    """Writes a file. The metadata has one entry, since several are written in no fixed order."""
+    path = HERE / f"{name}.safetensors"
+    save_file(tensors, path, {"cases": json.dumps(cases)})
+    print(f"{path.name}: {len(cases)} cases, {path.stat().st_size:,} bytes")
+
+
+def main(files: Sequence[str]) -> None:
+    """Writes these files, or all."""
     torch.set_num_threads(1)
-    for package in packages or CASES:
+    for package in files or (*CASES, "mergekit-yaml"):
+        if package == "mergekit-yaml":
+            make_mergekit_yaml()
+            continue
         tensors: Tensors = {}
         cases: dict[str, Any] = {}
         for case in CASES[package]():
@@ -663,9 +749,7 @@ def main(packages: Sequence[str]) -> None:
             found, about = case.made(package)
             tensors |= found
             cases[case.name] = about
-        path = HERE / f"{package}.safetensors"
-        save_file(tensors, path, {"cases": json.dumps(cases)})  # one entry: several are written in no fixed order
-        print(f"{path.name}: {len(cases)} cases, {path.stat().st_size:,} bytes")
+        written(package, tensors, cases)
 
 
 if __name__ == "__main__":
