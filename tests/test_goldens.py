@@ -108,8 +108,10 @@ MERGES = _read_merges()
 def close(got: Tensor, want: Tensor, furthest: float, what: str) -> None:
     assert (got.dtype, got.shape) == (want.dtype, want.shape), what
     wide, other = got.double(), want.double()
-    distance = float((wide - other).norm() / other.norm())
-    assert distance <= furthest, f"{what} is {distance:.2g} from it, not {furthest:g}"
+    distance, size = float((wide - other).norm()), float(other.norm())
+    assert distance <= furthest * size, (
+        f"{what} is {distance / size if size else distance:.2g} from it, not {furthest:g}"
+    )
 
 
 def called(golden: Golden, base: Tensor, inputs: Sequence[Tensor], keys: Sequence[int] = ()) -> Tensor:
