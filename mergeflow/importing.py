@@ -47,13 +47,13 @@ REQUIRED: Any = object()
 
 @dataclass(frozen=True, slots=True)
 class _Parameter:
-    """A parameter of a mergekit method: our word for it, its kind, whose it is, and mergekit's default.
+    """A parameter of a mergekit method: our word for it, its kind, whose it is, and mergekit's default in our terms.
 
     `ours` is empty where the parameter changes no number. A `model`'s is looked for at each source, a `shared` one is not.
     """
 
     ours: str
-    kind: Literal["number", "share", "flag", "count", "rescale"]
+    kind: Literal["number", "share", "flag", "opposite", "rescale", "count"]
     of: Literal["model", "shared"]
     default: Any = REQUIRED
     also_base: bool = False
@@ -90,7 +90,7 @@ def _arithmetic(op: str, normalize: bool, rescale: bool, **own: _Parameter) -> _
             "density": _Parameter("density" if sparse else "", "share", "model", 1.0),
             **own,
             "normalize": _Parameter("normalize", "flag", "shared", normalize),
-            "rescale": _Parameter("rescale" if sparse else "", "rescale", "shared", rescale),
+            "rescale": _Parameter("rescale" if sparse else "", "rescale", "shared", "l1" if rescale else "none"),
             "lambda": _Parameter("scale", "number", "shared", 1.0),
             "int8_mask": _NO_EFFECT,
         },
@@ -117,7 +117,8 @@ METHODS: Mapping[str, _Method] = {
         "optional",
         {
             "weight": _WEIGHT,
-            "nuslerp_row_wise": _Parameter("row_wise", "flag", "shared", False),
+            # mergekit calls the vectors along the last axis columns, and we call them rows.
+            "nuslerp_row_wise": _Parameter("row_wise", "opposite", "shared", True),
             "nuslerp_flatten": _Parameter("flatten", "flag", "shared", True),
         },
         2,
@@ -143,7 +144,7 @@ METHODS: Mapping[str, _Method] = {
     "model_stock": _Method(
         "model_stock", "needed", {"filter_wise": _Parameter("filter_wise", "flag", "shared", False)}, 3
     ),
-    "nearswap": _Method("nearswap", "needed", {"t": _Parameter("t", "number", "shared")}, 2, 2, ends=True),
+    "nearswap": _Method("nearswap", "needed", {"t": _Parameter("t", "number", "shared")}, 2, 2),
     "arcee_fusion": _Method("arcee_fusion", "needed", {}, 2, 2),
     "sce": _Method(
         "sce",
@@ -202,6 +203,8 @@ _HALF = ("float16", "bfloat16")
 _DTYPES = (*_HALF, "float32", "float64")
 _TRUE = ("true", "yes", "on", "y", "t", "1")
 _FALSE = ("false", "no", "off", "n", "f", "0")
+_TRUTHS = {"flag": (False, True), "opposite": (True, False), "rescale": ("none", "l1")}
+"""What false and true are in our terms."""
 _FLOAT = re.compile(r"[-+]?(?:\.[0-9]+|[0-9]+(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?")
 _OCTAL = re.compile(r"[-+]?0[0-7]+")
 _HUB = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*/[A-Za-z0-9_][A-Za-z0-9._-]*")
@@ -635,14 +638,14 @@ class _Reader:
     def scalar(self, value: Any, at: Keys, kind: str) -> Any:
         """The value as mergekit takes it; None where that is a problem."""
         text = self.document.texts.get(at, "")
-        if _OCTAL.fullmatch(text) and kind not in ("flag", "rescale"):
+        if _OCTAL.fullmatch(text) and kind not in _TRUTHS:
             what = f"`{text}` is {int(text, 8)} for mergekit (YAML 1.1) and {int(text)} by YAML 1.2"
             self.problem(what, at, "Write the number that is meant, without the 0 in front.")
             return None
-        if kind in ("flag", "rescale"):
+        if kind in _TRUTHS:
             word = value.lower() if isinstance(value, str) else str(int(value)) if value in (0, 1) else ""
-            if word in _TRUE or word in _FALSE:
-                return word in _TRUE if kind == "flag" else "l1" if word in _TRUE else "none"
+            if word in (*_TRUE, *_FALSE):
+                return _TRUTHS[kind][word in _TRUE]
             self.problem(f"{_shown(value)} is neither true nor false", at)
             return None
         if isinstance(value, str) and _FLOAT.fullmatch(value):
@@ -976,6 +979,8 @@ class _Builder:
                     places[parameter.ours] = rules[0].where
             else:
                 self.per_input(word, parameter, op, others, outer, span, whole, inputs)
+        if whole.get("flatten", True) is True:
+            whole.pop("row_wise", None)  # one vector has neither rows nor columns
         for word, parameter in method.parameters.items():
             if parameter.ours in whole and parameter.ours not in op.model_fields:
                 what = f"mergeflow's {op.name} has no parameter for `{word}`"
@@ -1048,8 +1053,7 @@ class _Builder:
             what = f"`{word}` is missing" if not rules else f"`{word}` is missing where no filter fits"
             self.report.problem(what, rules[-1].where if rules else where, "mergekit has no default for it.")
             return ()
-        default = {True: "l1", False: "none"}[parameter.default] if parameter.kind == "rescale" else parameter.default
-        return (*rules, _Rule(None, (default,), where))
+        return (*rules, _Rule(None, (parameter.default,), where))
 
     def per_input(
         self,
