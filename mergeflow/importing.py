@@ -28,12 +28,13 @@ from __future__ import annotations
 import os
 import posixpath
 import re
+import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from mergeflow.document import Document, dump_yaml, read_documents
+from mergeflow.document import WIDTH, Document, dump_yaml, read_documents
 from mergeflow.errors import MachineError, MergeflowError, Problems, RecipeError, did_you_mean, raise_all
 from mergeflow.ops import Op, op_named
 from mergeflow.recipe import NAME, RECIPE_NAME, Recipe
@@ -390,7 +391,18 @@ class _Reader:
             name = None
         if not method or not slices:
             return None
-        return _Merge(name, method, base, slices, tuple(outer), dtype, out_dtype, tokenizer, self.where(()), base_where)
+        return _Merge(
+            name,
+            method,
+            base,
+            slices,
+            tuple(outer),
+            dtype,
+            out_dtype,
+            tokenizer,
+            self.where(("merge_method",)),
+            base_where,
+        )
 
     def check_keys(self, data: Mapping[str, Any], known: Sequence[str], at: Keys) -> None:
         for key in data:
@@ -514,7 +526,7 @@ class _Reader:
             elif any(model == other.model for other in found):
                 self.problem("mergekit takes a model once in one slice", (*here, "model"), "Take one of them out.")
             elif layers is not None or not sliced:
-                found.append(_Source(model, own, layers, self.where(here)))
+                found.append(_Source(model, own, layers, self.where((*here, "model"))))
         return tuple(found) if len(found) == len(data) else ()
 
     def layers(self, value: Any, at: Keys) -> tuple[int, int] | None:
@@ -772,8 +784,9 @@ class _Builder:
         lines = [f"# Brought over from mergekit's {self.path.name} by `mergeflow import`."]
         if self.report.notes or self.remarks:
             lines.append("#")
-            lines += [f"# - {_lines(where)}: {text}" for text, where in self.report.notes.items()]
-            lines += [f"# - {remark}" for remark in dict.fromkeys(self.remarks)]
+            told = [f"{_lines(where)}: {text}" for text, where in self.report.notes.items()]
+            for text in (*told, *dict.fromkeys(self.remarks)):
+                lines += textwrap.wrap(text, WIDTH, initial_indent="# - ", subsequent_indent="#   ")
         lines.append("")
         lines += dump_yaml({key: value for key, value in data.items() if key in ("recipe", "name")}).splitlines()
         for key in ("models", "nodes", "outputs", "output"):
