@@ -30,6 +30,7 @@ import posixpath
 import re
 import textwrap
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -41,6 +42,10 @@ from mergeflow.recipe import NAME, RECIPE_NAME, Recipe
 
 Keys = tuple[str | int, ...]
 Scalar = bool | int | float | str
+
+MOST_PROBLEMS = 100
+MOST_ITEMS = 500
+"""Entries of one list of a configuration: what a stranger's file makes of them grows with the square."""
 
 REQUIRED: Any = object()
 """The default of a parameter that mergekit asks for."""
@@ -74,6 +79,8 @@ class _Method:
     most: int | None = None
     ends: bool = False
     draws: bool = False
+    fixed: Mapping[str, Any] = field(default_factory=dict)
+    """What our op is told so that it does as mergekit does."""
 
 
 _WEIGHT = _Parameter("weight", "number", "model")
@@ -96,6 +103,7 @@ def _arithmetic(op: str, normalize: bool, rescale: bool, **own: _Parameter) -> _
             "int8_mask": _NO_EFFECT,
         },
         draws=op.startswith(("dare", "della")),
+        fixed={"rank_axis": 1} if op.startswith("della") else {},
     )
 
 
@@ -273,6 +281,10 @@ class _Merge:
     base_where: str
 
 
+class _TooMany(Exception):
+    """Enough problems were found."""
+
+
 @dataclass(slots=True)
 class _Report:
     """What was found wrong, and what a person should know of the rest, each with its place."""
@@ -282,6 +294,8 @@ class _Report:
 
     def problem(self, what: str, where: str, fix: str = "") -> None:
         self.errors.append(RecipeError(what, where=where, fix=fix))
+        if len(self.errors) >= MOST_PROBLEMS:
+            raise _TooMany
 
     def note(self, text: str, where: str) -> None:
         self.notes.setdefault(text, []).append(where)
@@ -311,13 +325,14 @@ def import_config(path: str | Path, *, into: str | Path | None = None) -> Import
         raise RecipeError(f"cannot be read: {error.strerror}", where=str(path)) from None
     report = _Report()
     documents = read_documents(text, str(path))
-    merges = [merge for document in documents if (merge := _Reader(document, report).merge()) is not None]
     if not documents:
         raise RecipeError("the file is empty", where=str(path), fix="Give a mergekit YAML.")
-    _check_names(merges, report)
-    raise_all(report.errors)
     builder = _Builder(report, path, Path(into) if into is not None else Path())
-    builder.build(merges)
+    with suppress(_TooMany):
+        merges = [merge for document in documents if (merge := _Reader(document, report).merge()) is not None]
+        _check_names(merges, report)
+        raise_all(report.errors)
+        builder.build(merges)
     raise_all(report.errors)
     return builder.finished()
 
@@ -472,8 +487,7 @@ class _Reader:
             return (_Slice(sources, None, {}, self.where(at)),) if sources else ()
         at = (*at, "slices")
         found = []
-        if not isinstance(data["slices"], list):
-            self.problem("`slices` is a list", at)
+        if not self.is_list(data["slices"], at):
             return ()
         for index, given in enumerate(data["slices"]):
             here = (*at, index)
@@ -502,8 +516,7 @@ class _Reader:
         return tuple(found)
 
     def sources(self, data: Any, at: Keys, method: str, *, sliced: bool) -> tuple[_Source, ...]:
-        if not isinstance(data, list):
-            self.problem(f"`{at[-1]}` is a list", at)
+        if not self.is_list(data, at):
             return ()
         known = ("model", "layer_range", "parameters") if sliced else ("model", "parameters")
         found: list[_Source] = []
@@ -528,6 +541,13 @@ class _Reader:
             elif layers is not None or not sliced:
                 found.append(_Source(model, own, layers, self.where((*here, "model"))))
         return tuple(found) if len(found) == len(data) else ()
+
+    def is_list(self, data: Any, at: Keys) -> bool:
+        if not isinstance(data, list):
+            self.problem(f"`{at[-1]}` is a list", at)
+        elif len(data) > MOST_ITEMS:
+            self.problem(f"a list of more than {MOST_ITEMS} entries cannot be brought over", at)
+        return isinstance(data, list) and len(data) <= MOST_ITEMS
 
     def layers(self, value: Any, at: Keys) -> tuple[int, int] | None:
         """The first and the last layer of a range, whose end mergekit leaves out."""
@@ -614,6 +634,8 @@ class _Reader:
 
     def setting(self, value: Any, at: Keys, parameter: _Parameter) -> tuple[_Rule, ...]:
         """A value, a gradient, or filters, as rules; a filter that cannot fit any name is left out."""
+        if isinstance(value, list) and not self.is_list(value, at):
+            return ()
         items = value if isinstance(value, list) and any(isinstance(item, dict) for item in value) else [value]
         rules = []
         for index, item in enumerate(items):
@@ -735,11 +757,14 @@ class _Builder:
         self.nodes: dict[str, dict[str, Any]] = {}
         self.output: dict[str, Any] = {}
         self.outputs: dict[str, Any] = {}
-        self.name: str | None = None
+        self.name = path.stem
         self.comments: dict[str, list[str]] = {}
         self.known: dict[Any, str] = {}
         """What is there already, by what it is: a model's path, or the content of a helping node."""
-        self.taken: set[str] = set()
+        self.taken: dict[str, int] = {}
+        """The names that are taken, each with the number that the next one like it gets."""
+        self.names: dict[str | None, str] = {}
+        """What the node of each merge is called."""
         self.merges: dict[str, _Merge] = {}
         self.made: dict[str | None, str] = {}
         self.open: list[str | None] = []
@@ -759,21 +784,24 @@ class _Builder:
         if not last:
             self.report.problem("each merge reads another one: they go in a circle", merges[0].where)
             return
-        # The names that a person will read first go to nodes and models in that order.
-        self.taken = {_identifier(merge.name or "merged") for merge in merges}
+        self.names = {merge.name: self.fresh(_identifier(merge.name or "merged")) for merge in merges}
         for merge in last:
             self.merge(merge)
+        for merge in merges:
+            if merge.name not in self.made and not self.report.errors:
+                self.merge(merge)  # nothing leads to it but the circle that it is in, which this finds
         if self.report.errors:
             return
         if len(last) == 1:
             self.output = self.output_of(last[0])
-            self.name = last[0].name if re.fullmatch(RECIPE_NAME, last[0].name or "") else None
+            self.name = last[0].name or self.name
         else:
-            self.outputs = {_identifier(merge.name or "merged"): self.output_of(merge) for merge in last}
+            self.outputs = {self.names[merge.name]: self.output_of(merge) for merge in last}
 
     def finished(self) -> Imported:
         """The text, once the recipe was checked as any other is."""
-        data: dict[str, Any] = {"recipe": 1, **({"name": self.name} if self.name else {})}
+        name = re.sub(r"[^A-Za-z0-9._-]+", "-", self.name).strip("._-")[:96]
+        data: dict[str, Any] = {"recipe": 1, "name": name if re.fullmatch(RECIPE_NAME, name) else "merged"}
         data |= {"models": self.models, **({"nodes": self.nodes} if self.nodes else {})}
         data |= {"outputs": self.outputs} if self.outputs else {"output": self.output}
         try:
@@ -821,6 +849,9 @@ class _Builder:
         if reference.lora is None:
             return name
         lora = self.model(*reference.lora, where, "adapter")
+        self.remarks.append(
+            "mergekit rounds a model with its LoRA to the model's dtype before it merges; here the sum stays in float32."
+        )
         return self.helper(f"{name}_{lora}", {"op": "add", "base": name, "inputs": [lora]}, where)
 
     def intermediate(self, merge: _Merge, where: str) -> str:
@@ -829,11 +860,14 @@ class _Builder:
             circle = " -> ".join(str(name) for name in (*self.open, merge.name))
             self.report.problem(f"the merges go in a circle: {circle}", where)
             return str(merge.name)
-        name = self.merge(merge)
-        dtype = merge.out_dtype or merge.dtype
-        if dtype not in _HALF:
-            return name
-        return self.helper(f"{name}_{dtype}", {"op": "cast", "model": name, "to": dtype}, where)
+        return self.rounded(self.merge(merge), (merge.dtype, merge.out_dtype), where)
+
+    def rounded(self, name: str, dtypes: Sequence[str | None], where: str) -> str:
+        """The node, rounded to each of these dtypes that rounds."""
+        for dtype in dict.fromkeys(dtypes):
+            if dtype in _HALF:
+                name = self.helper(f"{name}_{dtype}", {"op": "cast", "model": name, "to": dtype}, where)
+        return name
 
     def model(self, path: str, revision: str | None, where: str, word: str) -> str:
         """The name of a checkpoint's entry under `models:`."""
@@ -876,12 +910,11 @@ class _Builder:
         """The name, or one like it that is not taken: with its owner in front, then with a number behind."""
         owner = posixpath.basename(posixpath.dirname(path.rstrip("/"))) if path else ""
         names = [name, *([_identifier(f"{owner}_{name}")] if owner.strip(".") else [])]
-        found = next((one for one in names if one not in self.taken), None)
-        number = 2
-        while found is None:
-            found = f"{name}_{number}" if f"{name}_{number}" not in self.taken else None
-            number += 1
-        self.taken.add(found)
+        found = next((one for one in names if one not in self.taken), name)
+        while found in self.taken:
+            self.taken[name] += 1
+            found = f"{name}_{self.taken[name]}"
+        self.taken[found] = 1
         return found
 
     def helper(self, name: str, node: dict[str, Any], where: str) -> str:
@@ -905,7 +938,7 @@ class _Builder:
         if merge.name in self.made:
             return self.made[merge.name]
         self.open.append(merge.name)
-        name = _identifier(merge.name or "merged")
+        name = self.names[merge.name]
         if merge.slices[0].sources[0].layers is None:
             node, places = self.merged(merge, merge.slices[0], 0)
             self.put(name, node, merge.where, places)
@@ -1005,7 +1038,7 @@ class _Builder:
                 inputs.insert(0, {"model": names[base]})
                 others.insert(0, next(source for source in sources if source.model == base))
             node["inputs"] = [item["model"] if len(item) == 1 else item for item in inputs]
-            node |= whole
+            node |= whole | {word: value for word, value in method.fixed.items() if word in op.model_fields}
             places |= {f"inputs.{index}": source.where for index, source in enumerate(others)}
         return node, places
 
@@ -1037,9 +1070,10 @@ class _Builder:
         most = method.most if method.base != "optional" or base is not None or method.most is None else method.most - 1
         fewest = method.fewest + (method.base == "optional" and base is not None)
         if len(sources) < fewest or (most is not None and len(sources) > most):
-            asked = f"{fewest}" if fewest == most else f"at least {fewest}" if most is None else f"at most {most}"
+            asked = f"{fewest}" if fewest == most else f"at least {fewest}" if most is None else f"{fewest} to {most}"
+            models = "model" if asked == "1" else "models"
             counted = ", the base counted" if base is not None else ""
-            self.report.problem(f"{merge.method} takes {asked} models{counted}, not {len(sources)}", one.where)
+            self.report.problem(f"{merge.method} takes {asked} {models}{counted}, not {len(sources)}", one.where)
             return False
         return True
 
@@ -1083,7 +1117,10 @@ class _Builder:
         ours, default = parameter.ours, _default(op, parameter)
         values = []
         for source in sources:
-            rules = self.found(word, parameter, (source.parameters, *outer), source.where)
+            levels = (source.parameters, *outer)
+            rules = self.found(word, parameter, levels, source.where)
+            if parameter.ours == "gamma":
+                rules = self.without_outliers(rules, levels)
             shifted = source.layers is not None and span is not None and source.layers[0] != span[0]
             values.append(self.written(word, parameter, op, rules, span, shifted))
         mark = op.settings().get(ours)
@@ -1101,6 +1138,27 @@ class _Builder:
         for value, item in zip(values, inputs, strict=True):
             if value is not None and value != whole.get(ours, default):
                 item[ours] = value
+
+    def without_outliers(self, gamma: tuple[_Rule, ...], levels: Sequence[Settings]) -> tuple[_Rule, ...]:
+        """gamma of breadcrumbs, with 0 where the density is 1: mergekit then drops nothing, and we would drop outliers."""
+        density = [rule for level in levels for rule in level.get("density", ())]
+        end = next((index for index, rule in enumerate(density) if rule.filter is None), None)
+        density = [*density, _Rule(None, (1.0,), gamma[0].where)] if end is None else density[: end + 1]
+        if not any(1 in rule.values for rule in density) or all(set(rule.values) == {0} for rule in gamma):
+            return gamma
+        gradient = next((rule for rule in density if 1 in rule.values and set(rule.values) != {1}), None)
+        if gradient is not None or (len(density) > 1 and len(gamma) > 1):
+            self.report.problem(
+                "mergekit drops no outliers where the density is 1, and a recipe cannot say where that is",
+                (gradient or density[0]).where,
+                "Keep the density below 1, give `gamma: 0`, or give `gamma` one value.",
+            )
+            return gamma
+        if len(density) == 1:
+            return (_Rule(None, (0.0,), gamma[0].where),)
+        return tuple(
+            _Rule(rule.filter, (0.0,) if 1 in rule.values else gamma[0].values, rule.where) for rule in density
+        )
 
     def written(
         self,
@@ -1184,10 +1242,8 @@ class _Builder:
                 "mergekit moves the rows of embeddings to the tokenizer's ids and cuts what it does not use; here models "
                 "whose tokenizers disagree are refused, and no row is moved or cut."
             )
-        if merge.dtype in _HALF and merge.out_dtype not in (None, merge.dtype):
-            found["node"] = self.helper(
-                f"{name}_{merge.dtype}", {"op": "cast", "model": name, "to": merge.dtype}, merge.where
-            )
+        if merge.out_dtype not in (None, merge.dtype):
+            found["node"] = self.rounded(name, (merge.dtype,), merge.where)
         dtype = merge.out_dtype or merge.dtype
         if dtype is not None:
             found["dtype"] = dtype

@@ -395,9 +395,48 @@ def test_local_paths_are_relative_to_the_recipe(inside: pathlib.Path) -> None:
 def test_several_merges_that_none_reads_are_several_outputs(inside: pathlib.Path) -> None:
     one = "merge_method: linear\nmodels: [{model: shared}, {model: ./b}]\nparameters: {weight: 1}\n"
     shared = "---\nname: shared\nmerge_method: karcher\nmodels: [{model: ./a}, {model: ./c}]\n"
-    made = imported(f"name: x\n{one}---\nname: y.z\n{one}{shared}", inside)
-    assert made["outputs"] == {"x": {"node": "x"}, "y_z": {"node": "y_z"}}
-    assert list(made["nodes"]) == ["shared", "x", "y_z"] and "output" not in made
+    made = imported(f"name: y_z\n{one}---\nname: y.z\n{one}{shared}", inside)
+    assert made["outputs"] == {"y_z": {"node": "y_z"}, "y_z_2": {"node": "y_z_2"}}
+    assert list(made["nodes"]) == ["shared", "y_z", "y_z_2"] and "output" not in made
+
+
+def test_a_merge_that_another_reads_is_rounded_as_on_disk(inside: pathlib.Path) -> None:
+    made = imported(
+        "name: x\nmerge_method: karcher\nmodels: [{model: ./a}, {model: ./b}]\ndtype: bfloat16\nout_dtype: float16\n"
+        "---\nmerge_method: passthrough\nmodels: [{model: x}]\n",
+        inside,
+    )
+    assert made["nodes"]["x_bfloat16"] == {"op": "cast", "model": "x", "to": "bfloat16"}
+    assert made["nodes"]["x_bfloat16_float16"] == {"op": "cast", "model": "x_bfloat16", "to": "float16"}
+    assert made["nodes"]["merged"] == {"op": "passthrough", "model": "x_bfloat16_float16"}
+
+
+def test_breadcrumbs_drop_no_outliers_where_the_density_is_1(inside: pathlib.Path) -> None:
+    made = imported(
+        """\
+merge_method: breadcrumbs
+base_model: ./base
+models:
+  - {model: ./a, parameters: {density: [{filter: mlp, value: 1}, {value: 0.5}]}}
+  - {model: ./b, parameters: {density: [{filter: mlp, value: 0.5}], gamma: 0.2}}
+  - {model: ./c, parameters: {density: 0.9, gamma: [0.1, 0.2]}}
+parameters: {weight: 1}
+""",
+        inside,
+    )
+    node = made["nodes"]["merged"]
+    assert node["gamma"] == [{"match": "*mlp*", "value": 0.0}, {"value": 0.01}]
+    assert [one.get("gamma") for one in node["inputs"]] == [
+        None,
+        [{"match": "*mlp*", "value": 0.2}, {"value": 0.0}],
+        {"gradient": [0.1, 0.2], "outside": 0.1},
+    ]
+
+
+@pytest.mark.parametrize(("stem", "name"), [("my merge (2)", "my-merge-2"), ("_", "merged"), ("a.b", "a.b")])
+def test_a_recipe_is_called_as_the_configuration_is(stem: str, name: str, inside: pathlib.Path) -> None:
+    assert imported(START, inside, stem)["name"] == name
+    assert imported("name: own\n" + START, inside, stem)["name"] == "own"
 
 
 def test_what_changes_nothing_is_left_out_and_said_with_its_lines(inside: pathlib.Path) -> None:
@@ -592,6 +631,29 @@ REFUSED = {
         "merge_method: passthrough\nmodels: [{model: x}]\n---\nname: x\nmerge_method: passthrough\n"
         "models: [{model: y}]\n---\nname: y\nmerge_method: passthrough\nmodels: [{model: x}]\n",
         "c.yml:10:18: the merges go in a circle: None -> x -> y -> x",
+    ),
+    "a circle beside a merge": (
+        START + "---\nname: x\nmerge_method: passthrough\nmodels: [{model: y}]\n---\n"
+        "name: y\nmerge_method: passthrough\nmodels: [{model: x}]\n",
+        "c.yml:11:18: the merges go in a circle: x -> y -> x",
+    ),
+    "itself": (
+        "name: x\nmerge_method: passthrough\nmodels: [{model: x}]\n",
+        "c.yml:3:18: the merges go in a circle: x -> x",
+    ),
+    "a base for passthrough": (
+        "merge_method: passthrough\nbase_model: ./b\nmodels: [{model: ./a}]\n",
+        "c.yml:3:9: passthrough takes 1 model, not 2",
+    ),
+    "very many models": (
+        "merge_method: karcher\nmodels: [" + "{model: ./a}, " * 501 + "]\n",
+        "c.yml:2:9: a list of more than 500 entries cannot be brought over",
+    ),
+    "outliers where the density is 1": (
+        "merge_method: breadcrumbs\nbase_model: ./base\n"
+        "models: [{model: ./a, parameters: {weight: 1, density: [1, 0.5]}}]\n",
+        "c.yml:3:56: mergekit drops no outliers where the density is 1, and a recipe cannot say where that is. "
+        "Keep the density below 1, give `gamma: 0`, or give `gamma` one value.",
     ),
     "one name twice": (
         "name: x\nmerge_method: passthrough\nmodels: [{model: ./a}]\n---\n"
