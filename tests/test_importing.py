@@ -20,7 +20,8 @@ from toys import call, write_model
 
 from mergeflow.document import MAX_DOCUMENTS, read_document, read_documents
 from mergeflow.errors import MergeflowError, Problems, RecipeError
-from mergeflow.importing import METHODS, PARAMETERS, import_config
+from mergeflow.importing import import_config
+from mergeflow.importing.methods import METHODS, PARAMETERS
 from mergeflow.recipe import load_recipe
 
 HERE = pathlib.Path(__file__).parent
@@ -320,6 +321,26 @@ parameters:
     )
     t = made["nodes"]["merged"]["t"]
     assert t == [{"match": ["*self_attn*", "*mlp*"], "value": 0.3}, {"value": 0.5}]
+
+
+def test_a_filter_that_fits_nothing_is_left_out_where_the_models_are_here(
+    models: dict[str, Arrays], inside: pathlib.Path
+) -> None:
+    config = (
+        "merge_method: linear\nmodels: [{model: a}, {model: ./b}]\nparameters:\n"
+        "  weight: [{filter: k_proj, value: 3}, {filter: o_proj, value: 2}, {value: 1}]\n"
+        "  normalize: [{filter: bias, value: false}, {value: true}]\n"
+    )
+    rules = [{"match": "*o_proj*", "value": 2}, {"value": 1}]
+    made = imported(config, inside)
+    assert made["nodes"]["merged"] == {"op": "linear", "inputs": ["a", "b"], "weight": rules}
+    assert import_config("config.yml").notes == (
+        "config.yml:4:36: the filter 'k_proj' fits no tensor, and mergekit passes over it: left out",
+        "config.yml:5:37: the filter 'bias' fits no tensor, and mergekit passes over it: left out",
+    )
+    assert len(run(config, inside)) == len(models["a"])
+    away = imported(config.replace("model: a", "model: org/a").replace("./b", "org/b"), inside)
+    assert away["nodes"]["merged"]["weight"] == [{"match": "*k_proj*", "value": 3}, *rules]
 
 
 def test_texts_are_read_as_mergekit_takes_them(inside: pathlib.Path) -> None:
@@ -630,7 +651,7 @@ REFUSED = {
     "a circle that one reads": (
         "merge_method: passthrough\nmodels: [{model: x}]\n---\nname: x\nmerge_method: passthrough\n"
         "models: [{model: y}]\n---\nname: y\nmerge_method: passthrough\nmodels: [{model: x}]\n",
-        "c.yml:10:18: the merges go in a circle: None -> x -> y -> x",
+        "c.yml:10:18: the merges go in a circle: the one without a name -> x -> y -> x",
     ),
     "a circle beside a merge": (
         START + "---\nname: x\nmerge_method: passthrough\nmodels: [{model: y}]\n---\n"
