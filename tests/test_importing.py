@@ -6,8 +6,11 @@
 
 from __future__ import annotations
 
+import json
 import os
 import pathlib
+import subprocess
+import sys
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -15,8 +18,8 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from safetensors.numpy import load_file
-from toys import call, write_model
+from safetensors.numpy import load_file, save_file
+from toys import call, environment, write_model
 
 from mergeflow.document import MAX_DOCUMENTS, read_document, read_documents
 from mergeflow.errors import MergeflowError, Problems, RecipeError
@@ -286,6 +289,23 @@ parameters: {weight: 1}
     assert load_recipe(inside / "recipe.yaml").name == "second"
 
 
+def test_a_lora_is_added_to_its_base_before_the_merge(models: dict[str, Arrays], inside: pathlib.Path) -> None:
+    draw = np.random.default_rng(9)
+    down, up = (draw.standard_normal(shape).astype(np.float32) for shape in ((2, 4), (4, 2)))
+    name = "model.layers.3.self_attn.q_proj"
+    (inside / "lora").mkdir()
+    save_file(
+        {f"base_model.model.{name}.lora_A.weight": down, f"base_model.model.{name}.lora_B.weight": up},
+        inside / "lora" / "adapter_model.safetensors",
+    )
+    config = {"peft_type": "LORA", "r": 2, "lora_alpha": 6, "target_modules": ["q_proj"], "bias": "none"}
+    (inside / "lora" / "adapter_config.json").write_text(json.dumps(config))
+    got = run("merge_method: linear\nmodels: [{model: ./a+./lora}, {model: ./b}]\nparameters: {weight: 1}\n", inside)
+    wanted = {n: (v.astype(np.float64) + models["b"][n]) / 2 for n, v in models["a"].items()}
+    wanted[f"{name}.weight"] += 3 * (up.astype(np.float64) @ down) / 2
+    close(got, wanted)
+
+
 # What is written, and how
 
 
@@ -458,6 +478,22 @@ parameters: {weight: 1}
 def test_a_recipe_is_called_as_the_configuration_is(stem: str, name: str, inside: pathlib.Path) -> None:
     assert imported(START, inside, stem)["name"] == name
     assert imported("name: own\n" + START, inside, stem)["name"] == "own"
+
+
+def test_what_a_merge_in_between_says_of_its_tokenizer_is_left_out_and_said(inside: pathlib.Path) -> None:
+    between = "name: x\nmerge_method: passthrough\nmodels: [{model: ./a}]\ntokenizer_source: base\n"
+    (inside / "c.yml").write_text(f"{between}---\nmerge_method: passthrough\nmodels: [{{model: x}}]\n")
+    found = import_config("c.yml")
+    assert found.notes == ("c.yml:2:15: the tokenizer of a merge that another one reads says nothing: left out",)
+
+
+def test_what_a_comment_holds_cannot_leave_it(inside: pathlib.Path) -> None:
+    name = "c\nmodels.yml"
+    (inside / name).write_text(
+        'merge_method: linear\nmodels: [{model: ./a}]\nparameters: {weight: [{filter: "*\\u2028\\nx: {", value: 1}, {value: 1}]}\n'
+    )
+    text = import_config(name).text
+    assert list(read_document(text, "r").data) == ["recipe", "name", "models", "nodes", "output"]
 
 
 def test_what_changes_nothing_is_left_out_and_said_with_its_lines(inside: pathlib.Path) -> None:
@@ -733,6 +769,20 @@ def test_a_file_that_is_not_there_or_empty_is_told(inside: pathlib.Path) -> None
     assert call("import", "merg.yml").err == "merg.yml: there is no such file. Did you mean 'merge.yml'?\n"
     assert call("import", "merge.yml").err == "merge.yml: the file is empty. Give a mergekit YAML.\n"
     assert call("import", ".").code == 2
+
+
+def test_importing_loads_nothing_heavy(inside: pathlib.Path) -> None:
+    (inside / "c.yml").write_text(START)
+    done = subprocess.run(
+        [sys.executable, "-X", "importtime", "-m", "mergeflow", "import", "c.yml"],
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    loaded = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines()}
+    assert done.returncode == 0 and "mergeflow.importing" in loaded
+    assert not loaded & {"torch", "huggingface_hub", "transformers", "numpy"}
 
 
 def test_a_file_that_cannot_be_written_is_an_error_of_the_machine(inside: pathlib.Path) -> None:
