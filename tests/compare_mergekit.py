@@ -19,7 +19,8 @@ import sys
 import tempfile
 
 import numpy as np
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import save_file
+from safetensors.torch import load_file
 
 ROOT = pathlib.Path(__file__).parent
 LAYERS, HIDDEN, INNER, HEADS, WORDS = 6, 64, 96, 4, 128
@@ -104,7 +105,7 @@ def write_models(folder: pathlib.Path, dtype: str) -> dict[str, Tensors]:
         (folder / name / "config.json").write_text(json.dumps({**CONFIG, "dtype": dtype, "torch_dtype": dtype}))
         (folder / name / "tokenizer.json").write_text(json.dumps(tokenizer))
         (folder / name / "tokenizer_config.json").write_text('{"tokenizer_class": "PreTrainedTokenizerFast"}')
-    return {name: load_file(folder / name / "model.safetensors") for name in made}
+    return {name: load(folder / name) for name in made}
 
 
 def call(words: list[str], folder: pathlib.Path, **environment: str) -> None:
@@ -121,7 +122,7 @@ def load(folder: pathlib.Path) -> Tensors:
     """All tensors of an output, in float64."""
     found: Tensors = {}
     for file in sorted(folder.glob("*.safetensors")):
-        found |= {name: value.astype(np.float64) for name, value in load_file(file).items()}
+        found |= {name: value.double().numpy() for name, value in load_file(file).items()}
     return found
 
 

@@ -222,7 +222,7 @@ slices:
       - {model: ./b, layer_range: [2, 3], parameters: {weight: [0.1, 0.9]}}
       - {model: ./c, layer_range: [5, 6]}
   - sources:
-      - {model: ./a, layer_range: [1, 3]}
+      - {model: ./a, layer_range: [0, 2]}
       - {model: ./c, layer_range: [4, 6], parameters: {weight: [0.3, 0.5]}}
     parameters: {weight: 2}
 parameters: {normalize: false, weight: 1}
@@ -241,8 +241,8 @@ parameters: {normalize: false, weight: 1}
         layer(0.4, a, 1, 1, b, 1),
         layer(0.6, a, 2, 1, b, 2),
         layer(0.9, b, 2, 1, c, 5),
-        layer(2, a, 1, 0.3, c, 4),
-        layer(2, a, 2, 0.5, c, 5),
+        layer(2, a, 0, 0.3, c, 4),
+        layer(2, a, 1, 0.5, c, 5),
     ]
     wanted = {f"model.layers.{i}.{part}": value for i, parts in enumerate(layers) for part, value in parts.items()}
     wanted["model.embed_tokens.weight"] = 0.2 * a["model.embed_tokens.weight"] + b["model.embed_tokens.weight"]

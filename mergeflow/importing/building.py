@@ -279,7 +279,8 @@ class Builder:
             return _spoiled()
         span = self.span(one) if one.sources[0].layers else None
         ordered = sorted(sources, key=lambda source: source.model != base)
-        names = {source.model: self.cut(source, span) for source in ordered}
+        alike = all(source.layers == sources[0].layers for source in sources)
+        names = {source.model: self.part(source, whole=alike) for source in ordered}
         others = [source for source in sources if source.model != base]
         for source in sources:
             for word in source.parameters if source.model == base else ():
@@ -365,10 +366,10 @@ class Builder:
             return False
         return True
 
-    def cut(self, source: Source, span: tuple[int, int] | None) -> str:
+    def part(self, source: Source, *, whole: bool) -> str:
         """A model; where the sources of a slice are cut differently, the part of it that is meant, counted from 0."""
         name = self.reference(source.model, source.where)
-        if span is None or source.layers == span or source.layers is None:
+        if whole or source.layers is None:
             return name
         first, last = source.layers
         node = {"op": "stack", "layers": [{"model": name, "take": f"{first}-{last}"}]}
