@@ -16,6 +16,7 @@ from mergeflow.recipe.grammar import (
     NAME,
     RECIPE_NAME,
     ArtifactSource,
+    DataSource,
     ModelSource,
     OthersModel,
     OutputSection,
@@ -31,6 +32,7 @@ __all__ = [
     "NAME",
     "RECIPE_NAME",
     "ArtifactSource",
+    "DataSource",
     "Input",
     "ModelSource",
     "Node",
@@ -61,6 +63,7 @@ class Recipe:
     seed: int
     models: Mapping[str, ModelSource]
     artifacts: Mapping[str, ArtifactSource]
+    data: Mapping[str, DataSource]
     nodes: Mapping[str, Node]
     """All nodes by name, those written in place too (`parent.0`, `parent.base`)."""
     outputs: Mapping[str, Output]
@@ -77,7 +80,7 @@ class Recipe:
     def _set(self, document: Document, parts: Parts, folder: Path) -> None:
         self._document, self.folder = document, folder
         self.name, self.description, self.seed = parts.name, parts.description, parts.seed
-        self.models, self.artifacts = parts.models, parts.artifacts
+        self.models, self.artifacts, self.data = parts.models, parts.artifacts, parts.data
         self.nodes, self.outputs = parts.nodes, parts.outputs
         self.resolved = parts.resolved
 
@@ -87,6 +90,14 @@ class Recipe:
     def where(self, path: tuple[str | int, ...], *, key: bool = False) -> str:
         """The place of a part of the recipe, as `file:line:column`, or as its keys where it has no file."""
         return place_in(self._document, path, key)
+
+    def with_artifacts(self, sources: Mapping[str, ArtifactSource]) -> Recipe:
+        """The same recipe with artifacts in the place of these nodes; what it says of itself stays as it was."""
+        found = object.__new__(Recipe)
+        found.__dict__.update(self.__dict__)
+        found.artifacts = {**self.artifacts, **sources}
+        found.nodes = {name: node for name, node in self.nodes.items() if name not in sources}
+        return found
 
     def text(self) -> str:
         """The resolved recipe as YAML."""

@@ -16,6 +16,7 @@ from pydantic_core import PydanticCustomError
 
 from mergeflow.errors import RecipeError
 from mergeflow.ops import Op
+from mergeflow.ops.statistics import StageOp
 from mergeflow.settings import Count, FloatName, Patterns, setting_of
 
 NAME = r"^[A-Za-z_][A-Za-z0-9_-]*$"
@@ -104,6 +105,25 @@ class ArtifactSource(_Section):
     @property
     def file(self) -> None:
         """An artifact is read by its usual files."""
+
+
+class DataSource(_Section):
+    """Data that stages read: files, a folder of images, or a dataset of a hub."""
+
+    path: Text = Field(
+        min_length=1, description="A local file or folder (./x, ../x, /x, ~/x), or a dataset of a hub (owner/name)."
+    )
+    split: Text | None = Field(default=None, description="The split of a hub's dataset; default: train.")
+    revision: Text | None = Field(default=None, description="A hub commit, tag or branch.")
+    text: Text | None = Field(default=None, description="The field that holds the text; default: text.")
+    label: Text | None = Field(default=None, description="The field that holds the label.")
+    template: Text | None = Field(default=None, description="The text made of fields, e.g. '{question} {answer}'.")
+    messages: Text | None = Field(
+        default=None, description="The field that holds a chat, put through the chat template."
+    )
+    features: Text | None = Field(default=None, description="The field that holds numbers, for models of such.")
+    limit: Count | None = Field(default=None, description="How many rows are used at most; default: all.")
+    seed: Count = Field(default=0, description="Seed of the choice, where `limit` leaves rows out.")
 
 
 class OthersModel(_Section):
@@ -234,7 +254,9 @@ def node_section(op_class: type[Op]) -> type[BaseModel]:
     """The grammar of a node with this op, made from the op's class."""
     word: Any = Literal[op_class.name]
     fields: dict[str, Any] = {"op": (word, Field(description=_summary(op_class)))}
-    if op_class.takes == "model":
+    if issubclass(op_class, StageOp):
+        fields |= _stage_fields(op_class)
+    elif op_class.takes == "model":
         fields["model"] = (Reference, Field())
     elif op_class.takes == "emr":
         fields["emr"] = (Reference, Field(description="A node with `op: emr`, or an artifact that one made."))
@@ -280,8 +302,20 @@ def node_section(op_class: type[Op]) -> type[BaseModel]:
             fields[name] = (setting_of(settings[name].kind), Field(default=default, description=info.description))
         else:
             fields[name] = (info.annotation, info)
+    if issubclass(op_class, StageOp):
+        return create_model(f"{op_class.__name__}Node", __base__=_Section, __doc__=_summary(op_class), **fields)
     base = _Section if op_class.takes in ("rules", "layers", "emr") else _NodeSection
     return create_model(f"{op_class.__name__}Node", __base__=base, __doc__=_summary(op_class), **fields)
+
+
+def _stage_fields(op_class: type[StageOp]) -> dict[str, Any]:
+    """What a stage's node says beside its op's own parameters."""
+    fields: dict[str, Any] = {"model": (Reference, Field(description="The model that is run."))}
+    if op_class.needs_data:
+        fields["data"] = (Text, Field(min_length=1, description="What it is run on: a name from `data:`."))
+    fields["only"] = (Patterns | None, Field(default=None, description="The tensors whose statistics are collected."))
+    fields["seed"] = (Count | None, Field(default=None, description="Seed of the stage; default: the recipe's."))
+    return fields
 
 
 def _summary(op_class: type[Op]) -> str:

@@ -19,10 +19,12 @@ from pydantic import BaseModel, ValidationError
 from mergeflow.document import Document
 from mergeflow.errors import MergeflowError, RecipeError, did_you_mean, raise_all
 from mergeflow.ops import Op, op_named
+from mergeflow.ops.statistics import StageOp
 from mergeflow.recipe.grammar import (
     NAME,
     RECIPE_NAME,
     ArtifactSource,
+    DataSource,
     ModelSource,
     OthersModel,
     OutputSection,
@@ -38,17 +40,12 @@ DEEPEST = 200
 MOST_PROBLEMS = 100
 
 LATER = {
-    "data": "Stages, and the data they read, come with a later version of mergeflow.",
     "expect": "Checks on the result come with a later version of mergeflow.",
 }
 """Keys of the format whose time has not come: refused with a sentence, never ignored."""
 
-LATER_OPS = {
-    **dict.fromkeys(
-        ("gram", "gram_diag", "input_mean", "act_absmean", "fisher_diag", "regmean", "fisher", "fuse"),
-        "Stages and statistics come with a later version of mergeflow.",
-    ),
-}
+LATER_OPS = {"fuse": "Distillation comes with a later version of mergeflow."}
+
 
 MERGEKIT_WORDS = {
     "merge_method": "Write `op:` on a node under `nodes:`.",
@@ -65,7 +62,7 @@ MERGEKIT_WORDS = {
     "sources": "Write `inputs:` on the node.",
 }
 
-TOP = ("recipe", "name", "description", "seed", "vars", "models", "artifacts", "nodes", "output", "outputs")
+TOP = ("recipe", "name", "description", "seed", "vars", "models", "artifacts", "data", "nodes", "output", "outputs")
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,6 +104,7 @@ class Node:
     extra: Any = "error"
     vocab: str = "error"
     seed: int | None = None
+    data: str | None = None
     path: Path = ()
 
     @property
@@ -150,6 +148,7 @@ class Parts:
     seed: int
     models: Mapping[str, ModelSource]
     artifacts: Mapping[str, ArtifactSource]
+    data: Mapping[str, DataSource]
     nodes: Mapping[str, Node]
     outputs: Mapping[str, Output]
     resolved: Mapping[str, Any]
@@ -184,6 +183,7 @@ class _Parser:
         self.pending: dict[str, tuple[dict[str, Any], Path]] = {}
         self.models: dict[str, ModelSource] = {}
         self.artifacts: dict[str, ArtifactSource] = {}
+        self.sources: dict[str, DataSource] = {}
         self.nodes: dict[str, Node] = {}
         self.later: set[str] = set()
         """Names in sections that cannot be used yet: references to them are no further problems."""
@@ -222,6 +222,7 @@ class _Parser:
         if data.get("models") or not self.errors:
             self.read_models(data.get("models"))
         self.read_artifacts(data.get("artifacts") or {})
+        self.read_data(data.get("data") or {})
         self.read_nodes(data.get("nodes") or {})
         outputs = self.outputs(data)
         if self.errors:
@@ -233,6 +234,7 @@ class _Parser:
             seed=data.get("seed") or 0,
             models=self.models,
             artifacts=self.artifacts,
+            data=self.sources,
             nodes=self.nodes,
             outputs=outputs,
             resolved={"recipe": 1, "name": name, **_escaped(own)},
@@ -264,6 +266,7 @@ class _Parser:
         for key, kind, words in (
             ("models", dict, "a mapping of names to checkpoints, e.g. {a: ./a}"),
             ("artifacts", dict, "a mapping of names to folders, e.g. {merged: ./merged}"),
+            ("data", dict, "a mapping of names to files, e.g. {questions: {path: ./data.jsonl}}"),
             ("nodes", dict, "a mapping of names to ops"),
             ("output", dict, "a mapping, e.g. {dtype: bfloat16}"),
             ("outputs", dict, "a mapping of names to outputs"),
@@ -436,6 +439,13 @@ class _Parser:
         ):
             if source.adapter is not None and getattr(source, word) is not None:
                 self.problem(f"`{word}` says nothing here: {why}", (*path, word), "Leave it out.", key=True)
+
+    def read_data(self, data: Mapping[str, Any]) -> None:
+        for name, given in data.items():
+            path: Path = ("data", name)
+            self.check_name(name, path)
+            found = self.checked(DataSource, {"path": given} if isinstance(given, str) else given, path)
+            self.sources[name] = found or DataSource(path=".")
 
     def check_rename(self, source: ModelSource, path: Path) -> None:
         for old, new in (source.rename or {}).items():
@@ -628,17 +638,21 @@ class _Parser:
                 "So every tensor has a model.",
             )
             return None
+        data = getattr(section, "data", None)
+        if data is not None and data not in self.sources:
+            listed = f"There are {', '.join(self.sources)}." if self.sources else "Name a file under `data:`."
+            self.problem(f"there is no data {_shown(data)}", (*path, "data"), _near(data, self.sources) or listed)
         op = self.op(op_class, section, () if single else items, path)
         if op is None:
             return None
         only, others = getattr(section, "only", None), getattr(section, "others", None)
-        if only is not None and others is None:
+        if only is not None and others is None and not issubclass(op_class, StageOp):
             fix = "Say where the other tensors come from: `others: mean` or `others: {model: NAME}`."
             self.problem("`only` needs `others`", (*path, "only"), fix, key=True)
         if others is not None and only is None and not op_class.matrices_only:
             fix = "Say which tensors the op acts on by `only:`, or leave `others` out."
             self.problem("`others` needs `only`", (*path, "others"), fix, key=True)
-        words = ("missing", "mismatch", "extra", "vocab", "seed")
+        words = ("missing", "mismatch", "extra", "vocab", "seed", "data")
         return Node(
             name=name,
             op=op,
@@ -773,7 +787,9 @@ def _is_word(path: Path) -> bool:
     """Whether the value at a path is a word whatever it looks like, and may have variables inside."""
     if path == ("name",):
         return True
-    return path[0] in ("models", "artifacts") and (
+    if path[0] == "data" and len(path) == 3:
+        return path[2] not in ("limit", "seed")
+    return path[0] in ("models", "artifacts", "data") and (
         len(path) == 2 or (len(path) == 3 and path[2] in ("path", "adapter", "revision", "subfolder", "file"))
     )
 
