@@ -29,8 +29,8 @@ _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 _WEYL = (0x9E3779B9, 0xBB67AE85)
 _ROUNDS = 10
 _LOW = 0xFFFF_FFFF
-_CHUNK = 16_384
-"""Counters that are worked on at once: the fewest for which calling numpy costs little."""
+_CHUNK = 32_768
+"""Counters that are worked on at once: few enough for the caches, and so many that calling numpy costs little."""
 
 
 def draw_key(seed: Sequence[str], model: str, count: int, tensor: str) -> int:
