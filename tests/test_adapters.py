@@ -531,6 +531,18 @@ def test_an_op_that_wants_whole_models_says_how_to_make_one_of_an_adapter(toys: 
     assert plan(recipe(toys, {**node, "inputs": [onto]})).spaces == {"": "weight"}
 
 
+def test_layers_of_an_adapter_are_stacked_once_it_is_on_its_base(toys: pathlib.Path) -> None:
+    layers = [{"model": "base", "take": "0-1"}, {"model": "code", "take": "1-1"}]
+    with pytest.raises(MergeflowError, match="'code' has deltas of some tensors only, and no whole layers"):
+        plan(recipe(toys, {"op": "stack", "layers": [layers[1]]}))
+    nodes = {"onto": {"op": "add", "base": "base", "inputs": ["code"]}}
+    got = written(
+        toys, recipe(toys, {"op": "stack", "layers": [layers[0], {"model": "onto", "take": "1-1"}]}, nodes=nodes)
+    )
+    base = weights_of(toys / "base")
+    assert np.abs(got[mlp(2)] - base[mlp(1)].numpy() - delta(toys / "code", 1)).max() < 2e-6
+
+
 def test_ops_without_a_base_give_a_delta_of_all_that_any_adapter_changes(toys: pathlib.Path) -> None:
     node = {"op": "linear", "inputs": [{"model": "math", "weight": 3}, {"model": "code", "weight": 1}]}
     onto = {"onto": {"op": "add", "base": "base", "inputs": ["merged"]}}
