@@ -812,15 +812,19 @@ LARGE = {"models": {"math": {"adapter": "./math"}, "chat": {"adapter": "./chat"}
     ],
     ids=["task_arithmetic", "ties", "ties over the model"],
 )
-def test_threads_memory_and_reading_change_no_byte(
+def test_threads_memory_reading_and_a_device_change_no_byte(
     node: dict[str, Any], large: pathlib.Path, tmp_path: pathlib.Path
 ) -> None:
     made = recipe(large, {**node, "base": "base", "inputs": ["code", "math", "chat"]}, **LARGE)
+    ways: list[dict[str, Any]] = [
+        {"threads": 1, "memory": 2**26, "reading": "mmap"},
+        {"threads": 2, "memory": 2**30, "reading": "pread"},
+        {"threads": 2, "memory": 2**27, "device": "staged:cpu"},
+    ]
     results = set()
-    for index, (threads, memory, reading) in enumerate([(1, 2**26, "mmap"), (2, 2**30, "pread"), (2, 2**27, "mmap")]):
-        out = tmp_path / str(index)
-        run(made, out, threads=threads, memory=memory, reading=reading)  # type: ignore[arg-type]
-        results.add(files_of(out)["model.safetensors"])
+    for index, way in enumerate(ways):
+        run(made, tmp_path / str(index), **way)
+        results.add(files_of(tmp_path / str(index))["model.safetensors"])
     assert len(results) == 1
 
 
