@@ -654,6 +654,8 @@ def _sample(kind: Any) -> Any:
         return (low or 0) + 1
     if found.get("type") == "boolean":
         return True
+    if found.get("type") == "string":
+        return "text"
     raise TypeError(f"no value of {kind} can be thought of: give the cases in the test class")
 
 
