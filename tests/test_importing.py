@@ -703,14 +703,22 @@ REFUSED = {
         "c.yml:3:9: passthrough takes 1 model, not 2",
     ),
     "very many models": (
-        "merge_method: karcher\nmodels: [" + "{model: ./a}, " * 501 + "]\n",
-        "c.yml:2:9: a list of more than 500 entries cannot be brought over",
+        "merge_method: karcher\nmodels: [" + "{model: ./a}, " * 257 + "]\n",
+        "c.yml:2:9: a list of more than 256 entries cannot be brought over",
     ),
     "outliers where the density is 1": (
         "merge_method: breadcrumbs\nbase_model: ./base\n"
         "models: [{model: ./a, parameters: {weight: 1, density: [1, 0.5]}}]\n",
         "c.yml:3:56: mergekit drops no outliers where the density is 1, and a recipe cannot say where that is. "
         "Keep the density below 1, give `gamma: 0`, or give `gamma` one value.",
+    ),
+    "more than a recipe holds": (
+        "merge_method: linear\nparameters: {weight: ["
+        + "".join(f"{{filter: f{i}, value: {i}}}, " for i in range(250))
+        + "{value: 1}]}\nmodels:\n"
+        + "".join(f"  - {{model: ./m{i}, parameters: {{weight: {{filter: x, value: {i}}}}}}}\n" for i in range(250)),
+        "c.yml: what is written in few words here is too large as a recipe: a recipe has at most 1 MiB. "
+        "Give fewer models their own rules.",
     ),
     "one name twice": (
         "name: x\nmerge_method: passthrough\nmodels: [{model: ./a}]\n---\n"

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mergeflow.document import WIDTH, dump_yaml
+from mergeflow.document import WIDTH, dump_yaml, read_document
 from mergeflow.errors import MergeflowError, Problems, RecipeError, printable, raise_all
 from mergeflow.importing.methods import METHODS, REQUIRED, Method, Parameter
 from mergeflow.importing.reading import HALF, Merge, Reference, Report, Rule, Settings, Slice, Source, cut
@@ -114,7 +114,13 @@ class Builder:
                     lines += dump_yaml({"nodes": {name: node}}).splitlines()[1:]
             else:
                 lines += dump_yaml({key: data[key]}).splitlines()
-        return Imported("\n".join(lines) + "\n", tuple(notes))
+        text = "\n".join(lines) + "\n"
+        try:
+            read_document(text, str(self.path))
+        except RecipeError as error:
+            what = f"what is written in few words here is too large as a recipe: {error.what}"
+            raise RecipeError(what, where=str(self.path), fix="Give fewer models their own rules.") from None
+        return Imported(text, tuple(notes))
 
     def placed(self, error: MergeflowError) -> MergeflowError:
         """A problem of the recipe at the place in the configuration that it comes from."""

@@ -18,7 +18,7 @@ from mergeflow.importing.methods import METHODS, PARAMETERS, TRUTHS, Parameter
 Keys = tuple[str | int, ...]
 
 MOST_PROBLEMS = 100
-MOST_ITEMS = 500
+MOST_ITEMS = 256
 """Entries of one list of a configuration: what a stranger's file makes of them grows with the square."""
 
 HALF = ("float16", "bfloat16")
@@ -314,7 +314,7 @@ class Reader:
                 self.problem(
                     "mergekit ignores `layer_range` under `models`", (*here, "layer_range"), "Use `slices:`.", key=True
                 )
-            self.check_keys(given, (*known, "layer_range"), here)
+            self.check_keys({key: one for key, one in given.items() if key != "layer_range"}, known, here)
             model = self.reference(given.get("model"), (*here, "model"))
             layers = self.layers(given.get("layer_range"), (*here, "layer_range")) if sliced else None
             own = self.parameters(given.get("parameters"), (*here, "parameters"), method, "source")
