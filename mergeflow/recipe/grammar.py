@@ -108,22 +108,37 @@ class ArtifactSource(_Section):
 
 
 class DataSource(_Section):
-    """Data that stages read: files, a folder of images, or a dataset of a hub."""
+    """What a stage reads: a file or folder of rows, or a hub data set. The rows themselves go into no artifact."""
 
     path: Text = Field(
-        min_length=1, description="A local file or folder (./x, ../x, /x, ~/x), or a dataset of a hub (owner/name)."
+        min_length=1,
+        description="A file (.jsonl, .json, .csv, .tsv, .parquet, .txt), a folder of such files or of images, or a hub data set.",
     )
-    split: Text | None = Field(default=None, description="The split of a hub's dataset; default: train.")
+    kind: Literal["jsonl", "csv", "parquet", "text", "images", "hub"] | None = Field(
+        default=None, description="How to read it; default: by the ending of the file's name."
+    )
+    split: Text | None = Field(default=None, description="The split of a hub data set, e.g. train.")
     revision: Text | None = Field(default=None, description="A hub commit, tag or branch.")
     text: Text | None = Field(default=None, description="The field that holds the text; default: text.")
-    label: Text | None = Field(default=None, description="The field that holds the label.")
-    template: Text | None = Field(default=None, description="The text made of fields, e.g. '{question} {answer}'.")
-    messages: Text | None = Field(
-        default=None, description="The field that holds a chat, put through the chat template."
+    template: Text | None = Field(
+        default=None, description='The text made of several fields, e.g. "{question} {answer}"; {{ and }} are braces.'
     )
-    features: Text | None = Field(default=None, description="The field that holds numbers, for models of such.")
-    limit: Count | None = Field(default=None, description="How many rows are used at most; default: all.")
-    seed: Count = Field(default=0, description="Seed of the choice, where `limit` leaves rows out.")
+    messages: Text | None = Field(
+        default=None,
+        description="The field that holds a chat: a list of {role, content}, put through the chat template.",
+    )
+    features: Text | None = Field(
+        default=None, description="The field that holds numbers: a row for mergeflow_mlp, or an image's pixels."
+    )
+    label: Text | None = Field(
+        default=None,
+        description="The field that holds the label: a name or number of a class, a list of them for each token, or the text "
+        "to be written by a model that reads one text and writes another.",
+    )
+    limit: Annotated[int, Strict(), Field(ge=1)] | None = Field(
+        default=None, description="At most so many rows: the first, or with `seed` some drawn at random."
+    )
+    seed: Count | None = Field(default=None, description="Draw the rows that `limit` allows; they keep their order.")
 
 
 class OthersModel(_Section):
