@@ -1,0 +1,1 @@
+"""Runners of stage ops: what must run a model over data before rows can be merged."""
