@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,6 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from mergeflow.errors import InputError, Interrupted, NumericError, RecipeError
+from mergeflow.ops.statistics import FisherDiag
+from mergeflow.recipe.grammar import DataSource
+from mergeflow.stages import StageJob, predict, run_stage
 from mergeflow.stages.fisher import Batch, Diagonal, fisher_diagonal
 
 D, C, N = 6, 5, 24
@@ -417,3 +422,121 @@ def test_no_examples_and_no_classes_are_errors() -> None:
         fisher_diagonal(Mlp(), [])
     with pytest.raises(RecipeError, match="one number"):
         fisher_diagonal(Mlp(1), rows())
+
+
+# ---- the stage, on folders
+
+
+def run_on(model: Path, told: Mapping[str, Any], out: Path, **more: Any) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The tensors and the statistics.json that a stage writes, of this model and data."""
+    written: list[tuple[dict[str, Tensor], dict[str, Any]]] = []
+
+    def write(tensors: Mapping[str, Tensor], files: Mapping[str, bytes], metadata: Mapping[str, str]) -> None:
+        assert metadata["mergeflow.space"] == "statistics" and "fisher_diag" in metadata["mergeflow.artifact"]
+        written.append((dict(tensors), json.loads(files["statistics.json"])))
+
+    out.mkdir(exist_ok=True)
+    settings = {name: more.pop(name) for name in list(more) if name in FisherDiag.model_fields}
+    job = StageJob(
+        op=FisherDiag(**settings), model=model, source={"digest": "00"}, data=DataSource(**told), folder=model.parent,
+        work=out, write=write, **more,
+    )  # fmt: skip
+    run_stage(job)
+    return written[0]
+
+
+def write_lines(path: Path, lines: Sequence[Mapping[str, Any]]) -> None:
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
+@pytest.fixture
+def digits(tmp_path: Path) -> Path:
+    """A `mergeflow_mlp` of 6 numbers and 5 classes, and rows for it."""
+    from safetensors.torch import save_file
+
+    from mergeflow.stages.mlp import MergeflowMLP
+
+    config = {
+        "model_type": "mergeflow_mlp", "architectures": ["MergeflowMLP"], "input_size": D, "hidden_size": 8,
+        "num_hidden_layers": 2, "num_labels": C,
+    }  # fmt: skip
+    torch.manual_seed(0)
+    (tmp_path / "mlp").mkdir()
+    save_file(MergeflowMLP(config).state_dict(), tmp_path / "mlp" / "model.safetensors", metadata={"format": "pt"})
+    (tmp_path / "mlp" / "config.json").write_text(json.dumps(config))
+    batch = rows()[0]
+    write_lines(
+        tmp_path / "rows.jsonl",
+        [{"x": x.tolist(), "y": int(y)} for x, y in zip(batch["x"], batch["labels"], strict=True)],
+    )
+    return tmp_path
+
+
+def test_a_stage_writes_the_diagonal_by_the_names_of_the_checkpoint(digits: Path) -> None:
+    from mergeflow.stages.models import load_model, open_folder
+
+    told = {"path": "rows.jsonl", "features": "x", "label": "y"}
+    done: list[tuple[str, int, int]] = []
+    tensors, facts = run_on(digits / "mlp", told, digits / "work", progress=lambda *one: done.append(one))
+    model = load_model(open_folder(digits / "mlp"))
+    slow = slow_fisher(model, [{"features": x[None].float()} for x in rows()[0]["x"]], all_classes)
+    assert list(tensors) == sorted(f"fisher.{name}" for name in slow)
+    same(Diagonal({n.removeprefix("fisher."): t for n, t in tensors.items()}, "expected", N, N, 0, ""), slow, 1e-5)
+    assert (facts["kind"], facts["n_examples"], facts["n_tokens"]) == ("fisher_diag", N, N)
+    assert facts["data"]["gradients"] == "vmap" and facts["op"]["estimator"] == "expected"
+    assert sum(count for what, count, _ in done if what == "examples") == N
+    told_before = predict(FisherDiag(), digits / "mlp")
+    assert dict(told_before.tensors) == {name: ("float32", tuple(one.shape)) for name, one in tensors.items()}
+
+
+def test_only_keeps_a_stage_to_some_tensors(digits: Path) -> None:
+    told = {"path": "rows.jsonl", "features": "x", "label": "y"}
+    whole, _ = run_on(digits / "mlp", told, digits / "work")
+    part, facts = run_on(digits / "mlp", told, digits / "work", only=("blocks.1.*",))
+    assert set(part) == {name for name in whole if name.startswith("fisher.blocks.1.")} and part
+    assert all(torch.equal(part[name], whole[name]) for name in part)
+    assert facts["only"] == ["blocks.1.*"]
+    with pytest.raises(RecipeError, match="names no parameter"):
+        run_on(digits / "mlp", told, digits / "work", only=("decoder.*",))
+
+
+def test_the_rows_of_another_label_space_are_refused(digits: Path) -> None:
+    write_lines(digits / "other.jsonl", [{"x": [0.0] * D, "y": 7}])
+    with pytest.raises(InputError, match="'7' is none that the model knows"):
+        run_on(digits / "mlp", {"path": "other.jsonl", "features": "x", "label": "y"}, digits / "work")
+    with pytest.raises(InputError, match="the data has none"):
+        run_on(digits / "mlp", {"path": "rows.jsonl", "features": "x"}, digits / "work", estimator="empirical")
+    with pytest.raises(InputError, match="`min_tokens` asks for 100"):
+        run_on(digits / "mlp", {"path": "rows.jsonl", "features": "x"}, digits / "work", min_tokens=100)
+
+
+def test_a_tied_language_model_is_done_by_documents_of_its_own_tokenizer(tmp_path: Path) -> None:
+    from tokenizers import Tokenizer
+    from tokenizers.models import WordLevel
+    from tokenizers.pre_tokenizers import Whitespace
+    from transformers import PreTrainedTokenizerFast
+
+    words = [f"w{i}" for i in range(28)]
+    plain = Tokenizer(WordLevel({word: i for i, word in enumerate(["[UNK]", "[PAD]", *words])}, unk_token="[UNK]"))
+    plain.pre_tokenizer = Whitespace()
+    PreTrainedTokenizerFast(tokenizer_object=plain, unk_token="[UNK]", pad_token="[PAD]").save_pretrained(
+        tmp_path / "lm"
+    )
+    model = gpt2()
+    model.save_pretrained(tmp_path / "lm")
+    write_lines(
+        tmp_path / "text.jsonl", [{"text": " ".join(words[i:j])} for i, j in ((0, 7), (3, 6), (9, 20), (4, 11))]
+    )
+    with pytest.raises(RecipeError, match="30 classes at each token takes 29 backward passes a token"):
+        run_on(tmp_path / "lm", {"path": "text.jsonl"}, tmp_path / "work")
+    with pytest.raises(RecipeError, match="29 backward passes"):
+        predict(FisherDiag(), tmp_path / "lm")
+    tensors, facts = run_on(tmp_path / "lm", {"path": "text.jsonl"}, tmp_path / "work", estimator="empirical")
+    ids = [torch.arange(i + 2, j + 2)[None] for i, j in ((0, 7), (3, 6), (9, 20), (4, 11))]
+    slow = slow_fisher(model, [{"input_ids": one, "labels": one} for one in ids], next_tokens)
+    assert set(tensors) == {f"fisher.{name}" for name in slow} and "fisher.lm_head.weight" not in tensors
+    assert facts["n_tokens"] == 28 and facts["n_examples"] == 4
+    rest = {name: one for name, one in slow.items()}
+    same(Diagonal({n: tensors[f"fisher.{n}"] for n in rest}, "empirical", 4, 28, 0, ""), rest, 2e-5)
+    told = predict(FisherDiag(estimator="sampled"), tmp_path / "lm").tensors
+    assert dict(told) == {name: ("float32", tuple(one.shape)) for name, one in tensors.items()}

@@ -21,10 +21,16 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from mergeflow.checkpoint.statistics import PREFIX, STATISTICS, Facts, ModelNote
+from mergeflow.checkpoint.statistics import StageOp as OpNote
 from mergeflow.errors import InputError, Interrupted, NumericError, RecipeError
 from mergeflow.ops.draws import draw_key, uniform
+from mergeflow.ops.statistics import Estimator, FisherDiag, StageOp
+from mergeflow.settings import matches, places
+from mergeflow.stages import Predicted, StageJob, collecting, data, models, naming
 
 if TYPE_CHECKING:
     import threading
@@ -32,7 +38,6 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
 
-Estimator = Literal["expected", "empirical", "sampled", "batch_hard", "batch_sqrt"]
 Task = Literal["classification", "tokens", "causal", "seq2seq"]
 """What a label belongs to: the example, each token, the next token, or each token of the target."""
 
@@ -289,22 +294,10 @@ class _Run:
                 "the model gives one number, and no probability of classes",
                 fix="Fisher information is for classifiers and language models here.",
             )
-        instead = "Use `estimator: sampled` (any number of `samples`) or, with labels, `estimator: empirical`."
-        if self.task != "classification":
-            if self.estimator == "expected":
-                raise RecipeError(
-                    f"the expectation over {self.classes:,} classes at each token takes {self.classes - 1:,} backward passes "
-                    f"a token: {(self.classes - 1) * shape[1]:,} for the first example of {shape[1]:,} tokens",
-                    fix=instead,
-                )
-            if targets is None:
-                raise InputError("the examples have no labels, which say the tokens that count")
-        elif self.estimator == "expected" and self.classes > MOST_CLASSES:
-            raise RecipeError(
-                f"the expectation over {self.classes:,} classes takes {self.classes - 1:,} backward passes an example, "
-                f"and is done for at most {MOST_CLASSES} classes",
-                fix=instead,
-            )
+        if self.estimator == "expected":
+            _refuse(self.task, self.classes, shape[1] if len(shape) > 2 else None)
+        if self.task != "classification" and targets is None:
+            raise InputError("the examples have no labels, which say the tokens that count")
         if self.estimator == "empirical" and targets is None:
             raise InputError(
                 "`estimator: empirical` takes the gradients at the labels, and the data has none",
@@ -536,3 +529,198 @@ def _factor(p: Tensor) -> Iterator[Tensor]:
         at = torch.arange(classes, device=p.device)
         column = torch.where(at > j, below, torch.where(at == j, (here * rest / tail.masked_fill(none, 1)).sqrt(), 0))
         yield column.masked_fill(none, 0)
+
+
+def _refuse(task: Task, classes: int, tokens: int | None = None) -> None:
+    """Raises RecipeError, with the numbers, where the expectation over the classes takes too many backward passes."""
+    instead = "Use `estimator: sampled` (any number of `samples`) or, with labels, `estimator: empirical`."
+    if task != "classification":
+        first = f": {(classes - 1) * tokens:,} for the first example of {tokens:,} tokens" if tokens else ""
+        raise RecipeError(
+            f"the expectation over {classes:,} classes at each token takes {classes - 1:,} backward passes a token{first}",
+            fix=instead,
+        )
+    if classes > MOST_CLASSES:
+        raise RecipeError(
+            f"the expectation over {classes:,} classes takes {classes - 1:,} backward passes an example, "
+            f"and is done for at most {MOST_CLASSES} classes",
+            fix=instead,
+        )
+
+
+# The stage
+
+_TASKS: Mapping[models.Task, Task] = {
+    "features": "classification",
+    "images": "classification",
+    "classifier": "classification",
+    "tokens": "tokens",
+    "causal": "causal",
+    "seq2seq": "seq2seq",
+}
+_WINDOW: Mapping[models.Task, int] = {"images": 64}
+"""Examples that are read together, to find those of one length; texts are small, and so 512."""
+
+
+def run(job: StageJob) -> None:
+    """Compute what a job's `fisher_diag` asks for, and write it. Raises InputError, RecipeError, NumericError, MachineError."""
+    op = _checked(job.op)
+    if job.data is None:
+        raise RecipeError(f"{op.name} runs on data, and its node names none", fix="Add `data: NAME`.")
+    folder = models.open_folder(job.model)
+    task = _task(op, folder)
+    examples = data.read_examples(job.data, job.folder, folder, op.max_length)
+    with collecting.threads(job.threads):
+        model = models.load_model(folder, job.device)
+        collecting.settle(model, examples)
+        names = naming.checked(naming.names_of(model, naming.shapes(folder.checkpoint)), model, folder.checkpoint)
+        placed = _place(model, names, folder, job.only)
+        held = sum(one.numel() * (one.element_size() + 8) for one in model.parameters())
+        found = fisher_diagonal(
+            model,
+            _batches(examples, op.batch_size, job.device),
+            task=task,
+            estimator=op.estimator,
+            samples=op.samples,
+            batch_size=op.batch_size,
+            seed=job.seed,
+            wanted=placed.parameters.__contains__,
+            memory=max(job.memory - held, 0),
+            total=len(examples.examples),
+            progress=lambda done: job.progress("examples", done, len(examples.examples)),
+            stop=job.stop,
+        )
+        if found.gradients.startswith("loop"):
+            job.progress(f"gradients of one example at a time: {found.gradients}", 0, 0)
+        _write(job, op, examples, found, placed)
+
+
+def predict(op: StageOp, model: Path, only: tuple[str, ...] | None = None) -> Predicted:
+    """What a run would write, from config.json and headers: a tensor in the shape of each parameter that is stored."""
+    folder = models.open_folder(model)
+    _task(_checked(op), folder)
+    empty = models.empty_model(folder)
+    placed = _place(empty, naming.names_of(empty, naming.shapes(folder.checkpoint)), folder, only)
+    tensors = {_name(name): ("float32", folder.checkpoint.tensors[name].shape) for name in sorted(placed.tensors)}
+    return Predicted(tensors, {}, placed.skipped)
+
+
+@dataclass(frozen=True)
+class _Placed:
+    """Where the checkpoint's tensors lie: their pieces, in order; the parameters of these; why other tensors have none."""
+
+    tensors: Mapping[str, tuple[tuple[str, naming.Piece], ...]]
+    parameters: frozenset[str]
+    skipped: Mapping[str, str]
+
+
+def _place(model: nn.Module, names: naming.Names, folder: models.Folder, only: tuple[str, ...] | None) -> _Placed:
+    """The tensors that `only` allows, each with its pieces in parameters; of tied ones the first name in the model counts."""
+    first: dict[int, str] = {}
+    for name, one in model.named_parameters(remove_duplicate=False):
+        first.setdefault(id(one), name)
+    own = {
+        name: first[id(one)] for name, one in model.named_parameters(remove_duplicate=False) if one.is_floating_point()
+    }
+    tensors: dict[str, list[tuple[str, naming.Piece]]] = {}
+    skipped = dict(names.lost)
+    for parameter, pieces in names.pieces.items():
+        for piece in pieces:
+            if parameter in own:
+                tensors.setdefault(piece.tensor, []).append((own[parameter], piece))
+            else:
+                skipped[piece.tensor] = "it is no parameter, and has no gradient"
+    for name, parts in list(tensors.items()):
+        rows = sum(piece.rows for _, piece in parts)
+        if rows != (folder.checkpoint.tensors[name].shape or (0,))[0]:
+            skipped[name] = "part of it is in no parameter"
+            del tensors[name]
+    at = places(folder.checkpoint.tensors)
+    kept = {
+        name: tuple(sorted(parts, key=lambda part: part[1].start))
+        for name, parts in tensors.items()
+        if only is None or matches(only, at[name])
+    }
+    if not kept:
+        raise RecipeError(
+            f"`only: {', '.join(only or ('*',))}` names no parameter of the model",
+            fix=f"Some that it has: {', '.join(sorted(tensors)[:3])}.",
+        )
+    parameters = frozenset(parameter for parts in kept.values() for parameter, _ in parts)
+    return _Placed(kept, parameters, collecting.skipped(skipped, only))
+
+
+def _checked(op: StageOp) -> FisherDiag:
+    if not isinstance(op, FisherDiag):
+        raise TypeError(f"{op.name} is not run here")
+    return op
+
+
+def _task(op: FisherDiag, folder: models.Folder) -> Task:
+    """What a label belongs to. Raises RecipeError for a model or an estimator that cannot be, before any weight is read."""
+    task = _TASKS.get(folder.task)
+    if task is None:
+        raise RecipeError(
+            f"{folder.architecture} gives vectors, and no probabilities to take gradients of",
+            fix="Use a model with a head: a classifier or a language model.",
+        )
+    if op.estimator == "expected":
+        text = folder.config.get("text_config")
+        vocabulary = folder.config.get("vocab_size", text.get("vocab_size") if isinstance(text, dict) else None)
+        classes = vocabulary if task in ("causal", "seq2seq") else folder.n_labels
+        if isinstance(classes, int):
+            _refuse(task, classes)
+    return task
+
+
+def _batches(examples: data.Examples, size: int, device: str) -> Iterator[Batch]:
+    """Examples as the estimators take them."""
+    for batch in examples.batches(max(_WINDOW.get(examples.task, 512) // size, 1) * size, device):
+        labels = {} if batch.labels is None else {"labels": batch.labels}
+        yield {**batch.inputs, **labels}
+
+
+def _name(tensor: str) -> str:
+    return f"{PREFIX['fisher_diag']}.{tensor}"
+
+
+def _assembled(parts: tuple[tuple[str, naming.Piece], ...], tensors: Mapping[str, Tensor]) -> Tensor:
+    """The diagonal of a checkpoint's tensor out of those of the parameters that hold it."""
+    import torch
+
+    cut = []
+    for parameter, piece in parts:
+        whole = tensors[parameter] if piece.expert is None else tensors[parameter][piece.expert]
+        cut.append(whole[piece.at : piece.at + piece.rows] if whole.dim() else whole)
+    return (cut[0] if len(cut) == 1 else torch.cat(cut)).cpu().contiguous()
+
+
+def _write(job: StageJob, op: FisherDiag, examples: data.Examples, found: Diagonal, placed: _Placed) -> None:
+    """statistics.json, and the artifact."""
+    where = job.data.path if job.data else ""
+    if found.tokens < op.min_tokens:
+        raise InputError(
+            f"has {found.tokens} tokens, and `min_tokens` asks for {op.min_tokens}",
+            where=where,
+            fix="Use more data: statistics of few tokens show what the tokens were.",
+        )
+    facts = Facts(
+        kind="fisher_diag",
+        op=OpNote.model_validate({"name": op.name, "version": op.version, **op.model_dump(mode="json")}),
+        model=ModelNote.model_validate(dict(job.source)),
+        only=job.only,
+        data={
+            "source": Path(where).name if Path(where).is_absolute() else where,
+            "rows_left_out": examples.counts.unusable,
+            "texts_cut": examples.counts.cut,
+            "examples_dropped": found.dropped,
+            "gradients": found.gradients,
+        },
+        n_examples=found.examples,
+        n_tokens=found.tokens,
+        seed=job.seed,
+        skipped=dict(placed.skipped),
+        software=collecting.software(),
+    )
+    tensors = {_name(name): _assembled(placed.tensors[name], found.tensors) for name in sorted(placed.tensors)}
+    job.write(tensors, {STATISTICS: facts.encoded()}, collecting.metadata(op))
