@@ -11,13 +11,14 @@ pass serves all of them. For `expected` any factor V V^T = diag(p) - p p^T does;
 C - 1 columns, so C classes take C - 1 backward passes, and two classes one.
 
 Gradients of single examples come from `torch.func.vmap`, several examples at once, where the model allows it (control flow that
-looks at values does not) and the memory has room for more than one gradient; else from a loop over examples. `Diagonal.gradients`
-says which, and why. Examples of one length are taken together, and their padding and mask left out: models look into a mask for
+looks at values does not), the memory has room for more than one gradient, and on a processor these are small enough for its caches
+(measured: over 4 MB a loop is faster); else from a loop over examples. `Diagonal.gradients` says which, and why. Examples of one length are taken together, and their padding and mask left out: models look into a mask for
 shortcuts, which vmap cannot follow, and no work is done on padding. Sums are float64, in an order that the data alone decides.
 """
 
 from __future__ import annotations
 
+import contextlib
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -49,6 +50,14 @@ UNLABELLED = -100
 
 MOST_CLASSES = 32
 """Classes up to which `expected` is done: it takes a backward pass for each but one."""
+
+CACHED = 4 << 20
+"""Bytes of a gradient up to which a processor computes several at once faster than one after the other."""
+
+IN_PART = 32
+"""Examples whose squares are summed in the model's dtype before they join the sums in float64."""
+
+UNFOLLOWED = "vmap cannot follow the model"
 
 MOST_DROPPED = 0.001
 """Share of examples whose gradients may be NaN or infinite."""
@@ -135,6 +144,8 @@ class _Run:
     why_loop: str | None = None
     parameters: dict[str, Tensor] = field(default_factory=dict)
     sums: dict[str, Tensor] = field(default_factory=dict)
+    part: dict[str, Tensor] = field(default_factory=dict)
+    in_part: int = 0
     batch: _BatchGradient | None = None
     batches: int = 0
     classes: int = 0
@@ -154,7 +165,9 @@ class _Run:
             raise RecipeError("no parameter of the model is wanted", fix="Look at `only`.")
         # Of each example the gradient, its square, and the sum of squares before and after.
         self.at_once = self.batch_size if self.by_batch else max(1, min(self.batch_size, self.memory // (4 * gradient)))
-        if self.at_once == 1 < self.batch_size:
+        if self.device.type == "cpu" and gradient > CACHED:
+            self.why_loop = f"gradients of {gradient:,} bytes leave a processor's cache, where it is the faster way"
+        elif self.at_once == 1 < self.batch_size:
             self.why_loop = f"the memory has room for one gradient of {gradient:,} bytes at a time"
 
     @property
@@ -240,6 +253,7 @@ class _Run:
 
         if self.batch is not None:
             self._square_batch()
+        self._close_part()
         if self.seen == 0:
             raise InputError(
                 "there is no example to compute gradients of", fix="Look at the data, its split and limit."
@@ -381,12 +395,13 @@ class _Run:
                 squares = self._vmapped(given)
             except Exception as error:  # whatever a model does that vmap cannot follow
                 reason = str(error).strip().splitlines() or [type(error).__name__]
-                self.why_loop = f"vmap cannot follow the model: {reason[0][:200]}"
+                self.why_loop = f"{UNFOLLOWED}: {reason[0][:200]}"
             else:
                 self._keep(squares, count)
                 return
-        for row in range(count):
-            self._keep(self._looped({name: one[row : row + 1] for name, one in given.items()}), 1)
+        with _sparse(self.model):
+            for row in range(count):
+                self._add_one({name: one[row : row + 1] for name, one in given.items()})
 
     def _vmapped(self, given: dict[str, Tensor]) -> dict[str, Tensor]:
         """sum_j (J^T v_j)^2 of each example, along a first axis."""
@@ -409,21 +424,40 @@ class _Run:
             found: dict[str, Tensor] = torch.func.vmap(one)(given)
         return found
 
-    def _looped(self, given: dict[str, Tensor]) -> dict[str, Tensor]:
-        """The same of one example, along a first axis of length 1."""
+    def _add_one(self, given: dict[str, Tensor]) -> None:
+        """Add sum_j (J^T v_j)^2 of one example, in one pass over each gradient where there is one column only."""
         import torch
 
         leaves = self._leaves()
         with torch.enable_grad():
             logits = self._logits(leaves, {name: one for name, one in given.items() if name not in _OWN})
+        columns = list(self._cotangents(logits, given))
         squares: dict[str, Tensor] = {}
-        for column in self._cotangents(logits, given):
-            gradients = torch.autograd.grad(logits, list(leaves.values()), column, retain_graph=True, allow_unused=True)
-            for name, gradient in zip(leaves, gradients, strict=True):
-                if gradient is not None:
-                    square = gradient.square()[None]
-                    squares[name] = squares[name].add_(square) if name in squares else square
-        return squares
+        for column in columns:
+            found = torch.autograd.grad(
+                logits, list(leaves.values()), column, retain_graph=column is not columns[-1], allow_unused=True
+            )
+            gradients = {
+                name: gradient.coalesce() if gradient.is_sparse else gradient
+                for name, gradient in zip(leaves, found, strict=True)
+                if gradient is not None
+            }
+            # Infinite, too, where a square overflows.
+            if not all(bool(_values(gradient).norm().isfinite()) for gradient in gradients.values()):
+                self.dropped += 1
+                return
+            for name, gradient in gradients.items():
+                _add_square(self.part if len(columns) == 1 else squares, name, gradient)
+        for name, square in squares.items():
+            self.part[name] = self.part[name].add_(square) if name in self.part else square
+        self.in_part += 1
+        if self.in_part == IN_PART:
+            self._close_part()
+
+    def _close_part(self) -> None:
+        for name, one in self.part.items():
+            self.sums[name] += one
+        self.part, self.in_part = {}, 0
 
     def _leaves(self) -> dict[str, Tensor]:
         """The parameters as leaves of a graph of their own, in the same memory."""
@@ -493,6 +527,37 @@ def _span(mask: Tensor) -> list[tuple[int, int]]:
     used = mask.bool()
     ahead, behind = used.int().argmax(1), used.flip(1).int().argmax(1)
     return list(zip(ahead.tolist(), (mask.shape[1] - behind).tolist(), strict=True))
+
+
+@contextlib.contextmanager
+def _sparse(model: nn.Module) -> Iterator[None]:
+    """With gradients of embeddings that hold the rows of the example's tokens alone: the others are 0, and many."""
+    import torch
+
+    dense = [one for one in model.modules() if isinstance(one, torch.nn.Embedding) and not one.sparse]
+    for one in dense:
+        one.sparse = True
+    try:
+        yield
+    finally:
+        for one in dense:
+            one.sparse = False
+
+
+def _values(gradient: Tensor) -> Tensor:
+    return gradient.values() if gradient.is_sparse else gradient
+
+
+def _add_square(sums: dict[str, Tensor], name: str, gradient: Tensor) -> None:
+    """Add the square of a gradient, dense or of some rows, to the sum under its name."""
+    import torch
+
+    if name not in sums:
+        sums[name] = torch.zeros(gradient.shape, dtype=gradient.dtype, device=gradient.device)
+    if gradient.is_sparse:
+        sums[name].index_add_(0, gradient.indices()[0], gradient.values().square())
+    else:
+        sums[name].addcmul_(gradient, gradient)
 
 
 @dataclass
@@ -590,8 +655,8 @@ def run(job: StageJob) -> None:
             progress=lambda done: job.progress("examples", done, len(examples.examples)),
             stop=job.stop,
         )
-        if found.gradients.startswith("loop"):
-            job.progress(f"gradients of one example at a time: {found.gradients}", 0, 0)
+        if UNFOLLOWED in found.gradients:
+            job.progress(f"gradients of one example at a time, which is slow: {found.gradients}", 0, 0)
         _write(job, op, examples, found, placed)
 
 
