@@ -388,6 +388,27 @@ def schema() -> None:
     click.echo(schema_text(), nl=False)
 
 
+@commands.command("import")
+@click.argument("config", type=click.Path())
+@click.option("-o", "--out", type=click.Path(), metavar="RECIPE", help="The recipe to write; default: stdout.")
+@click.option("--force", is_flag=True, help="Replace a file that is there.")
+def import_(config: str, out: str | None, force: bool) -> None:
+    """Bring a mergekit configuration over: CONFIG becomes a recipe that gives the same numbers.
+
+    What is left out or done another way is noted, on stderr and in the recipe; what cannot be brought over is named
+    with its line, and then nothing is written.
+    """
+    from mergeflow.importing import import_config, write_recipe
+
+    into = Path(out).parent if out else Path()
+    found = import_config(config, into=into)
+    if out:
+        write_recipe(found, out, force=force)
+    for note in found.notes:
+        click.echo(f"note: {printable(note)}", err=True)
+    click.echo(f"{out}: written" if out else found.text, nl=bool(out))
+
+
 def check_device(device: str) -> None:
     """Raise MergeflowError for a device that is not there, before anything is planned."""
     import re

@@ -19,11 +19,12 @@ import math
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any, Generic, TypeVar
 
 import yaml
 
-from mergeflow.errors import MergeflowError, RecipeError, did_you_mean, raise_all
+from mergeflow.errors import MergeflowError, Problems, RecipeError, did_you_mean, raise_all
 
 MAX_BYTES = 1 << 20
 MAX_DEPTH = 32
@@ -31,6 +32,7 @@ MAX_EVENTS = 50_000
 MAX_ALIASES = 200
 MAX_NODES = 50_000
 MAX_PROBLEMS = 20
+MAX_DOCUMENTS = 100
 WIDTH = 120
 
 # libyaml takes `key:` only where the ':' follows within 1,024 characters; longer keys are written `? key`.
@@ -48,6 +50,8 @@ _REFUSED = re.compile(
     "[^\t\n\r\x20-\x7e\xa0-\u2027\u202f-\u2065\u206a-\ud7ff\ue000-\ufefe\uff00-\ufffd\U00010000-\U0010ffff]"
 )
 _DIRECTIVE = re.compile(r"(?:\A|[\r\n])%")
+_DOCUMENT = re.compile(r"^---(?=[ \t\r\n]|\Z)", re.MULTILINE)
+"""Where a document starts: no value of a document before it can hold such a line."""
 _BREAK = re.compile(r"\r\n|\r|\n")
 _UNUSABLE = re.compile("[\0\ud800-\udfff]")
 
@@ -101,8 +105,38 @@ def read_document(text: str | bytes, source: str) -> Document:
     Raises RecipeError, or Problems with several of them, each with `source:line:column`, for whatever is not one plain
     YAML document within the bounds of this module. An empty file is None.
     """
-    composer = _Composer(_decoded(text, source), source)
-    root = composer.compose()
+    return _document(_decoded(text, source), source)
+
+
+def read_documents(text: str | bytes, source: str) -> tuple[Document, ...]:
+    """The documents of a file, which `---` parts; positions are those in the file, and empty documents are left out.
+
+    Each is read as by `read_document`; the problems of all are raised together.
+    """
+    decoded = _decoded(text, source)
+    starts = [found.start() for found in _DOCUMENT.finditer(decoded)]
+    if len(starts) > MAX_DOCUMENTS:
+        line, column = _line_column(decoded, starts[MAX_DOCUMENTS])
+        raise RecipeError(f"more than {MAX_DOCUMENTS} documents in one file", where=f"{source}:{line}:{column}")
+    documents: list[Document] = []
+    errors: list[MergeflowError] = []
+    for start, stop in pairwise([0, *starts, len(decoded)]):
+        # Empty lines stand for what is before a document, so that the parser counts as an editor does.
+        padding = "\n" * len(_BREAK.findall(decoded, 0, start))
+        try:
+            found = _document(padding + decoded[start:stop], source)
+        except Problems as several:
+            errors += several.errors
+        except MergeflowError as error:
+            errors.append(error)
+        else:
+            documents += [found] if found.data is not None else []
+    raise_all(errors)
+    return tuple(documents)
+
+
+def _document(text: str, source: str) -> Document:
+    root = _Composer(text, source).compose()
     return Document(
         source=source,
         data=root.data,

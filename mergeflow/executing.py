@@ -134,6 +134,17 @@ class _Program:
         )
 
     @property
+    def mixed(self) -> bool:
+        """Whether some of it is made by rows, and some measured by leaves."""
+        leaves = any(
+            isinstance(step.expression, Apply)
+            and step.expression.op.cut == "element"
+            and step.expression.measure is not None
+            for step in self.steps
+        )
+        return leaves and self.cut == "row"
+
+    @property
     def temporaries(self) -> int:
         """Blocks that are held beyond its values."""
         return max((op.temporaries for op in self.ops), default=_MADE)
@@ -604,7 +615,9 @@ class _Run:
                     for start, stop in (
                         [(0, size)]
                         if self.reduction.sample
-                        else _segments(size, program.shape, _coarser(program.cut, self.reduction.cut), measuring=True)
+                        else _segments(
+                            size, program.shape, _measured_by(program.cut, self.reduction.cut), measuring=True
+                        )
                     )
                 ]
                 self.parts, self.total, self.merged = {}, None, 0
@@ -622,15 +635,15 @@ class _Run:
             raise AssertionError("a row has a program")
         shape = self.program.shape
         bits = self.engine.plan.rows[self.row].bits
-        self.spans = [(0, a, b) for a, b in _segments(math.prod(shape), shape, self.program.cut, bits=bits)]
+        cut = "element" if self.program.mixed else self.program.cut
+        self.spans = [(0, a, b) for a, b in _segments(math.prod(shape), shape, cut, bits=bits)]
         self.left = len(self.spans)
         return [(self, index) for index in range(len(self.spans))]
 
 
-def _coarser(first: Cut, second: Cut) -> Cut:
-    """The one of two cuts that leaves less to choose."""
-    cuts: tuple[Cut, ...] = ("tensor", "row", "element")
-    return next(cut for cut in cuts if cut in (first, second))
+def _measured_by(program: Cut, reduction: Cut) -> Cut:
+    """How what a program makes is cut for a reduction: flat ones need whole leaves, also of what is made by rows."""
+    return "tensor" if "tensor" in (program, reduction) else reduction
 
 
 def _rows_block(shape: tuple[int, ...]) -> int:
@@ -688,7 +701,7 @@ def peak_memory(plan: Plan, memory: int, threads: int) -> int:
         if program.cut == "element":
             block = min(block, block_of(values, row.compute.size, memory, threads))
         elif program.cut == "row":
-            block = min(block, _rows_block(shape_of(row.expression)))
+            block = min(block, (2 if program.mixed else 1) * _rows_block(shape_of(row.expression)) + LEAF)
         blocks = (_made_on_the_way(program) if program.read_later else values) * block * row.compute.size
         blocks += _needed(program)
         # In a tensor of one leaf a measure sees all there is at once, and holds no more than that.
@@ -943,19 +956,24 @@ class _Engine:
             measure.keys[which] if measure.keys else (),
             run.before[which],
         )
-        if reduction.sample and program.cut == "element":
-            values = self._values(run, program, start, stop, sample=True)
-            merged = [reduction.block([values[result] for result in program.results], at)]
-        else:
-            merged = []
-            self._prepare(program, start, stop)
-            for first, end in self._blocks(program, start, stop, _coarser(program.cut, reduction.cut)):
-                values = self._values(run, program, first, end)
-                given = [cut_as(values[result], reduction.cut, program.shape) for result in program.results]
-                part = reduction.block(
-                    [spread(one) for one in given] if reduction.sample else given, replace(at, start=first)
-                )
-                merged = [reduction.merge([*merged, part])] if merged else [part]
+        cut = _measured_by(program.cut, reduction.cut)
+        merged: list[Any] = []
+        self._prepare(program, start, stop)
+        for first, end in [(start, stop)] if reduction.sample else self._blocks(program, start, stop, cut):
+            results = [program.steps[result].expression for result in program.results]
+            if reduction.sample and program.cut == "row":
+                found = [self._spread_of(run, one, stop) for one in results]
+            elif program.cut == "row" and (program.mixed or cut == "element"):
+                found = [self._at(run, one, first, end, {}) for one in results]
+            else:
+                sampled = reduction.sample and program.cut == "element"
+                values = self._values(run, program, first, end, sample=sampled)
+                found = [values[result] for result in program.results]
+                found = [spread(one) for one in found] if reduction.sample else found
+            given = found if reduction.sample else [cut_as(one, reduction.cut, program.shape) for one in found]
+            part = reduction.block(given, replace(at, start=first))
+            merged = [reduction.merge([*merged, part])] if merged else [part]
+            if not reduction.sample:
                 report.bytes_in += _stored_bytes(program, end - first)
                 self.progress(_stored_bytes(program, end - first), 0)
         with self.lock:
@@ -1036,6 +1054,56 @@ class _Engine:
                 del values[one]
         return values
 
+    def _spread_of(self, run: _Run, expression: Expression, elements: int) -> Tensor:
+        """A sample of what is made by rows (mergeflow.ops.base.spread)."""
+        import torch
+
+        return torch.cat([self._at(run, expression, *span, {}) for span in _spread_runs(elements)])
+
+    def _at(
+        self,
+        run: _Run,
+        expression: Expression,
+        start: int,
+        stop: int,
+        known: dict[Any, Tensor],
+        suspects: list[str] | None = None,
+    ) -> Tensor:
+        """Elements [start, stop) of what an expression makes, flat, where some of it is made by rows and some by leaves.
+
+        Each op is given the stretch that it must have around these, rows or whole leaves, and no other cut than it has alone.
+        `known` keeps what was made for this stretch.
+        """
+        import torch
+
+        key = (id(expression), start, stop)
+        if key in known:
+            return known[key]
+        size, shape = math.prod(shape_of(expression)), shape_of(expression)
+        unit = 1
+        if isinstance(expression, Made) and expression.source.cut == "row":
+            unit = max(shape[-1], 1)
+        elif isinstance(expression, Apply):
+            unit = {"tensor": max(size, 1), "row": _rows_block(shape), "element": LEAF}[expression.op.cut]
+        first, end = start - start % unit, min(stop + -stop % unit, size)
+        if isinstance(expression, Load):
+            self.files.prepare(expression, first, end)
+            found = self.device.loaded(self.files.read(expression, first, end), _computed_in(expression))
+        elif isinstance(expression, Made):
+            found = self._made(expression, first, end)
+        else:
+            op = expression.op
+            inputs = [self._at(run, one, first, end, known, suspects) for one in expression.inputs]
+            if len({one.dtype for one in inputs}) > 1:
+                inputs = [one.to(torch.float64) for one in inputs]
+            if suspects is not None and not op.shows_non_finite:
+                suspects += [op.name] * (not all(_finite(one, None) for one in inputs))
+            at = Block(first, run.known(expression.measure), shape, expression.keys, expression.before)
+            found = _applied(op, inputs, at, [shape_of(one) for one in expression.inputs])
+        found = found[start - first : stop - first]
+        known[key] = found
+        return found
+
     def _made(self, expression: Made, start: int, stop: int) -> Tensor:
         """Elements of a tensor that its source makes."""
         made = expression.source.make(
@@ -1066,7 +1134,8 @@ class _Engine:
         size, out = row.dtype.size, torch_dtype(row.dtype)
         owned = {id(load) for load in self.owned[run.row]}
         later = program.read_later
-        hashed = {p: _Hashes() for p, s in enumerate(program.steps) if id(s.expression) in owned and p not in later}
+        plain = () if program.mixed else enumerate(program.steps)  # else stretches overlap: hashed when the row is done
+        hashed = {p: _Hashes() for p, s in plain if id(s.expression) in owned and p not in later}
         digests = _Hashes()
 
         def into_bytes(place: int) -> int:
@@ -1075,10 +1144,13 @@ class _Engine:
         memory = self.sink.memory(run.row, into_bytes(start), into_bytes(stop)) if stop > start else []
         pieces = [torch.frombuffer(piece, dtype=out) for piece in memory]
         self._prepare(program, start, stop)
-        for first, end in self._blocks(program, start, stop, program.cut):
+        for first, end in self._blocks(program, start, stop, "element" if program.mixed else program.cut):
             raw: dict[int, Tensor] = {}
             suspects: list[str] | None = [] if row.check_finite else None
-            result = self._values(run, program, first, end, raw=raw, suspects=suspects)[program.results[0]]
+            if program.mixed:
+                result = self._at(run, row.expression, first, end, {}, suspects)
+            else:
+                result = self._values(run, program, first, end, raw=raw, suspects=suspects)[program.results[0]]
             mine = slice(max(start - first, 0), max(min(end, stop) - first, 0))
             first, end = first + mine.start, first + mine.stop
             if end == first:

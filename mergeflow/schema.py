@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from pydantic import BaseModel
+from pydantic.fields import FieldInfo
 from pydantic.json_schema import GenerateJsonSchema, models_json_schema
 from pydantic_core import core_schema
 
@@ -380,18 +381,20 @@ class _Parameter:
     description: str
     schema: Schema
 
-    @property
-    def short(self) -> str:
-        return self.name if self.required else f"{self.name}={_scalar(self.default)}"
+
+def _short(name: str, info: FieldInfo) -> str:
+    """A parameter with its default, told without a schema, which would take a second for all ops."""
+    if info.is_required():
+        return name
+    default = info.default
+    return f"{name}={_scalar(list(default) if isinstance(default, tuple) else default)}"
 
 
 def ops_table(ops: Sequence[type[Op]] | None = None, *, markdown: bool = False) -> str:
     """Each op (default: all there are): what it does, its formula and paper, its parameters with their defaults."""
     rows = []
-    classes = tuple(ops or all_ops().values())
-    sections = _definitions(classes)
-    for op in classes:
-        rows.append((op, " ".join(one.short for one in _parameters(op, sections))))
+    for op in tuple(ops or all_ops().values()):
+        rows.append((op, " ".join(_short(name, info) for name, info in op.model_fields.items())))
     if not markdown:
         width = max(len(op.name) for op, _ in rows)
         lines = []

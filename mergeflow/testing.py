@@ -225,11 +225,12 @@ class OpConformance:
         with _raises(ValidationError):
             type(case.op)(**{**_fields(case.op), "another": 1})
 
+    @property_of(
+        lambda suite, case: suite.op.__module__.split(".")[0] not in ("mergeflow", suite.__module__), computes=False
+    )
     def test_declaring_it_loads_no_torch(self) -> None:
-        """`mergeflow validate` imports the op, and answers in a fraction of a second."""
+        """`mergeflow validate` imports the op, and answers in a fraction of a second; of ours one test asks it for all."""
         module = self.op.__module__
-        if module == type(self).__module__:
-            return
         code = f"import sys, {module}; sys.exit('torch' in sys.modules)"
         done = subprocess.run([sys.executable, "-c", code], check=False, env=_environment())
         assert done.returncode == 0, f"import torch inside the methods of {module} that compute"
@@ -394,7 +395,7 @@ class OpConformance:
         shape = self._large(case)
         given, _ = _given(case, [_values(shape, "normal", i) for i in range(_count(case))])
         whole = _in_blocks(case, given, shape, 2**40)
-        for rows in (1, 100, 1000):
+        for rows in (13, 100, 1000):
             got = _in_blocks(case, given, shape, rows * shape[-1])
             assert self._close(case, got, whole), (
                 f"blocks of {rows} rows give another result ({_difference(got, whole)})"
@@ -653,6 +654,8 @@ def _sample(kind: Any) -> Any:
         return (low or 0) + 1
     if found.get("type") == "boolean":
         return True
+    if found.get("type") == "string":
+        return "text"
     raise TypeError(f"no value of {kind} can be thought of: give the cases in the test class")
 
 

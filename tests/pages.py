@@ -57,3 +57,24 @@ def write_examples(folder: Path, ops: Iterable[type[Op]] = OPS) -> None:
         text = example_of(op.name)
         (folder / f"{op.name}.yaml").write_text(text)
         write_models(folder, yaml.safe_load(text))
+
+
+def every_op(ops: Iterable[type[Op]] = OPS) -> dict[str, Any]:
+    """One recipe with the examples of all ops, each an output of its own."""
+    recipe: dict[str, Any] = {"recipe": 1, "name": "every-op", "models": {}, "nodes": {}, "outputs": {}}
+    for op in ops:
+        one = yaml.safe_load(example_of(op.name))
+        recipe["models"] |= one["models"]
+        called = {name: op.name if name == "merged" else f"{op.name}_{name}" for name in one["nodes"]}
+        recipe["nodes"] |= {called[name]: _renamed(node, called) for name, node in one["nodes"].items()}
+        recipe["outputs"][op.name] = {"node": op.name, **one.get("output", {})}
+    return recipe
+
+
+def _renamed(value: Any, called: dict[str, str]) -> Any:
+    """A node with other names for the nodes that it refers to."""
+    if isinstance(value, dict):
+        return {key: inner if key == "op" else _renamed(inner, called) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [_renamed(inner, called) for inner in value]
+    return called.get(value, value) if isinstance(value, str) else value

@@ -33,7 +33,8 @@ from mergeflow.errors import InputError, MergeflowError
 from mergeflow.executing import peak_memory
 from mergeflow.graph import Apply, Load
 from mergeflow.hub import locate
-from mergeflow.ops import Ties
+from mergeflow.ops import OPS, Op, Ties
+from mergeflow.ops.base import DeltaOp
 from mergeflow.pipeline import run
 
 Weights = Mapping[str, Tensor]
@@ -496,6 +497,52 @@ def test_a_delta_that_was_written_is_used_as_the_adapter_it_was_made_of(toys: pa
     assert lazy == read
 
 
+ON_DELTAS = [op for op in OPS if op.takes == "inputs" and (issubclass(op, DeltaOp) or op.may_base)]
+
+
+@pytest.mark.parametrize("op", ON_DELTAS, ids=lambda op: op.name)
+def test_every_op_gives_for_adapters_what_it_gives_for_their_written_deltas(op: type[Op], toys: pathlib.Path) -> None:
+    """Bit for bit, and the base itself where no adapter changes anything."""
+    for name in ("code", "math"):
+        run(
+            recipe(toys, {"op": "scale", "model": name, "by": 1}, output={"like": "base"}, **MATH),
+            toys / f"{name}-delta",
+        )
+    node: dict[str, Any] = {"op": op.name, "base": "base", "inputs": ["code", "math"][: op.most]}
+    node |= {name: 0.5 for name, info in op.model_fields.items() if info.is_required()}
+    node |= {"others": "mean"} if op.matrices_only else {}
+    run(recipe(toys, node, **MATH), toys / "lazy")
+    run(recipe(toys, node, models={"code": "./code-delta", "math": "./math-delta"}), toys / "read")
+    lazy, read = files_of(toys / "lazy"), files_of(toys / "read")
+    weights = [name for name in lazy if name.endswith(".safetensors")]
+    assert len(weights) == 1 and lazy[weights[0]] == read[weights[0]]
+    got, base = weights_of(toys / "lazy"), weights_of(toys / "base")
+    if plan(recipe(toys, node, **MATH)).spaces[""] == "weight":
+        for name in ("model.embed_tokens.weight", "model.norm.weight"):
+            assert raw(got[name]) == raw(base[name])
+        assert any(raw(got[name]) != raw(base[name]) for name in base)
+
+
+def test_an_op_that_wants_whole_models_says_how_to_make_one_of_an_adapter(toys: pathlib.Path) -> None:
+    node = {"op": "arcee_fusion", "base": "base", "inputs": ["code"]}
+    with pytest.raises(MergeflowError, match="arcee_fusion compares models with their base, and an input is a delta"):
+        plan(recipe(toys, node))
+    onto = {"op": "add", "base": "base", "inputs": ["code"]}
+    assert plan(recipe(toys, {**node, "inputs": [onto]})).spaces == {"": "weight"}
+
+
+def test_layers_of_an_adapter_are_stacked_once_it_is_on_its_base(toys: pathlib.Path) -> None:
+    layers = [{"model": "base", "take": "0-1"}, {"model": "code", "take": "1-1"}]
+    with pytest.raises(MergeflowError, match="'code' has deltas of some tensors only, and no whole layers"):
+        plan(recipe(toys, {"op": "stack", "layers": [layers[1]]}))
+    nodes = {"onto": {"op": "add", "base": "base", "inputs": ["code"]}}
+    got = written(
+        toys, recipe(toys, {"op": "stack", "layers": [layers[0], {"model": "onto", "take": "1-1"}]}, nodes=nodes)
+    )
+    base = weights_of(toys / "base")
+    assert np.abs(got[mlp(2)] - base[mlp(1)].numpy() - delta(toys / "code", 1)).max() < 2e-6
+
+
 def test_ops_without_a_base_give_a_delta_of_all_that_any_adapter_changes(toys: pathlib.Path) -> None:
     node = {"op": "linear", "inputs": [{"model": "math", "weight": 3}, {"model": "code", "weight": 1}]}
     onto = {"onto": {"op": "add", "base": "base", "inputs": ["merged"]}}
@@ -765,15 +812,19 @@ LARGE = {"models": {"math": {"adapter": "./math"}, "chat": {"adapter": "./chat"}
     ],
     ids=["task_arithmetic", "ties", "ties over the model"],
 )
-def test_threads_memory_and_reading_change_no_byte(
+def test_threads_memory_reading_and_a_device_change_no_byte(
     node: dict[str, Any], large: pathlib.Path, tmp_path: pathlib.Path
 ) -> None:
     made = recipe(large, {**node, "base": "base", "inputs": ["code", "math", "chat"]}, **LARGE)
+    ways: list[dict[str, Any]] = [
+        {"threads": 1, "memory": 2**26, "reading": "mmap"},
+        {"threads": 2, "memory": 2**30, "reading": "pread"},
+        {"threads": 2, "memory": 2**27, "device": "staged:cpu"},
+    ]
     results = set()
-    for index, (threads, memory, reading) in enumerate([(1, 2**26, "mmap"), (2, 2**30, "pread"), (2, 2**27, "mmap")]):
-        out = tmp_path / str(index)
-        run(made, out, threads=threads, memory=memory, reading=reading)  # type: ignore[arg-type]
-        results.add(files_of(out)["model.safetensors"])
+    for index, way in enumerate(ways):
+        run(made, tmp_path / str(index), **way)
+        results.add(files_of(tmp_path / str(index))["model.safetensors"])
     assert len(results) == 1
 
 

@@ -17,6 +17,8 @@ from collections.abc import Iterator
 
 import click
 import pytest
+import yaml
+from pages import every_op, write_models
 from toys import SOURCE, call, environment, write_toys
 
 from mergeflow import cli
@@ -33,38 +35,11 @@ nodes:
   merged: {op: ties, base: base, inputs: [a, b], density: "${part}"}
 output: {like: base}
 """
-EVERY_OP = """\
-recipe: 1
-name: every-op
-models: {base: ./base, a: ./a, b: ./b}
-nodes:
-  mean: {op: linear, inputs: [a, b], weight: {gradient: [0.2, 0.8], outside: 0.5}}
-  between: {op: slerp, inputs: [a, b], t: 0.3}
-  sum: {op: task_arithmetic, base: base, inputs: [{model: a, weight: 0.4}, b]}
-  trimmed: {op: ties, base: base, inputs: [a, b], density: 0.2}
-  learnt: {op: task_vector, base: base, model: a}
-  half: {op: scale, model: learnt, by: 0.5}
-  back: {op: add, base: base, inputs: [half]}
-  small: {op: cast, model: back, to: bfloat16}
-  same: {op: passthrough, model: small}
-  deep: {op: stack, layers: [{model: same, take: 0}, {model: small, take: "1-1"}]}
-  kept: {op: emr, base: base, inputs: [a, b]}
-  own: {op: emr_apply, emr: kept, base: base, task: a}
-  every:
-    op: select
-    rules:
-      - {match: "*.layers.0.*", model: mean}
-      - {match: "*.layers.1.*", model: between}
-      - {match: "*.embed_tokens.*", model: sum}
-      - {match: "*.norm.*", model: trimmed}
-      - {match: "@outside", model: own}
-      - {model: deep}
-"""
 HEAVY = ("torch", "torch._C", "huggingface_hub", "tqdm", "numpy", "transformers")
 LIGHT = {
     "help": ["--help"],
     "help of run": ["run", "--help"],
-    "validate": ["validate", "every.yaml"],
+    "validate": ["validate", "every/every.yaml"],
     "ops": ["ops"],
     "one op": ["ops", "ties"],
     "schema": ["schema"],
@@ -76,7 +51,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
     made: pathlib.Path = tmp_path_factory.mktemp("cli")
     write_toys(made)
     (made / "recipe.yaml").write_text(RECIPE)
-    (made / "every.yaml").write_text(EVERY_OP)
+    every = every_op()
+    (made / "every").mkdir()
+    (made / "every" / "every.yaml").write_text(yaml.safe_dump(every, sort_keys=False))
+    write_models(made / "every", every)
     return made
 
 
@@ -122,10 +100,12 @@ def test_quiet_says_nothing_but_the_result(inside: pathlib.Path) -> None:
     assert (done.code, done.err, done.out.count("\n")) == (0, "", 1)
 
 
-def test_every_op_of_the_table_is_in_the_recipe_of_this_test_and_runs(inside: pathlib.Path) -> None:
-    assert set(re.findall(r"op: (\w+)", EVERY_OP)) == set(all_ops())
-    assert call("validate", "every.yaml", "recipe.yaml").out == "every.yaml: good\nrecipe.yaml: good\n"
-    assert call("run", "every.yaml", "-q").code == 0
+def test_a_recipe_with_every_op_is_valid_and_runs_in_one_sweep(inside: pathlib.Path) -> None:
+    assert {node["op"] for node in every_op()["nodes"].values()} == set(all_ops())
+    assert call("validate", "every/every.yaml", "recipe.yaml").out == "every/every.yaml: good\nrecipe.yaml: good\n"
+    done = call("run", "every/every.yaml", "-q")
+    assert done.code == 0, done.err
+    assert {path.name for path in (inside / "every-op").iterdir()} == set(all_ops())
 
 
 @pytest.mark.parametrize(
@@ -174,9 +154,9 @@ def test_a_plan_for_a_person_names_models_files_bytes_memory_and_digest(inside: 
 
 
 def test_a_graph_is_mermaids(inside: pathlib.Path) -> None:
-    done = call("plan", "every.yaml", "--graph", "mermaid")
+    done = call("plan", "every/every.yaml", "--graph", "mermaid")
     assert done.code == 0 and done.out.startswith("graph LR\n")
-    assert done.out.count("[(") == 3 and all(op in done.out for op in all_ops())
+    assert done.out.count("[(") == len(every_op()["models"]) and all(op in done.out for op in all_ops())
 
 
 def test_inspect_takes_a_folder_a_file_and_what_looks_like_a_repository(inside: pathlib.Path) -> None:
@@ -244,7 +224,7 @@ def test_light_commands_import_nothing_heavy(words: list[str], folder: pathlib.P
 def test_the_library_checks_a_recipe_without_torch(folder: pathlib.Path) -> None:
     code = (
         "import sys, mergeflow, mergeflow.ops\n"
-        "mergeflow.load_recipe('every.yaml')\n"
+        "mergeflow.load_recipe('every/every.yaml')\n"
         "from mergeflow.schema import ops_table, schema_text\n"
         "ops_table(); schema_text()\n"
         f"print([name for name in {HEAVY!r} if name in sys.modules])\n"

@@ -17,7 +17,20 @@ from pages import write_examples
 from toys import environment
 
 import mergeflow.ops as ops
-from mergeflow.ops import LEAF, OPS, Block, DeltaOp, Op, Reduction
+from mergeflow import load_recipe, run
+from mergeflow.ops import (
+    LEAF,
+    OPS,
+    Add,
+    Block,
+    DeltaOp,
+    Linear,
+    Op,
+    Passthrough,
+    Reduction,
+    TaskArithmetic,
+    Ties,
+)
 from mergeflow.ops.base import numbers, weighted_sum
 from mergeflow.ops.draws import uniform
 from mergeflow.settings import Fraction, Number, PerInput, Setting, setting
@@ -51,16 +64,35 @@ DECLARED: dict[str, dict[str, Any]] = {
 """What the classes of ops do not say of themselves, by op (see `OpConformance`)."""
 
 
+FURTHER: dict[str, tuple[Case, ...]] = {
+    "linear": (Case(Linear(weight=[0.3, 0.5, 0.1]), 3),),
+    "task_arithmetic": (
+        Case(TaskArithmetic(weight=[0.3, -0.4]), 2, True),
+        Case(TaskArithmetic(normalize=True), 3, True, averages=True),
+    ),
+    "ties": (
+        Case(Ties(density=[0.01, 0.5, 1.0], weight=[0.3, -0.2, 0.4], rescale="l1", vote="count"), 3, True),
+        Case(Ties(density=0.6, rescale="l2", rounding="ceil", normalize=False, scale=0.7), 1, True),
+    ),
+    "add": (Case(Add(weight=0.5), 2, True),),
+    "passthrough": (Case(Passthrough(scale=0.3), 1),),
+}
+"""Cases beyond those that the suite reads off the classes."""
+
+
 def suite_of(op: type[Op], **declared: Any) -> type[OpConformance]:
     """The suite of an op, as a test file of its own would write it."""
     return type(f"Test{op.__name__}", (OpConformance,), {"op": op, "__module__": __name__, **declared})
 
 
-globals().update({f"Test{op.__name__}": suite_of(op, **DECLARED.get(op.name, {})) for op in OPS})
+for _op in OPS:
+    _cases = (*cases_of(_op), *FURTHER.get(_op.name, ())) if _op.takes in ("model", "inputs") else ()
+    _declared = {"cases": lambda self, cases=_cases: cases, **DECLARED.get(_op.name, {})}
+    globals()[f"Test{_op.__name__}"] = suite_of(_op, **_declared)
 
 
 def test_what_is_declared_is_declared_of_ops_that_there_are() -> None:
-    assert DECLARED.keys() <= {op.name for op in OPS}
+    assert DECLARED.keys() | FURTHER.keys() <= {op.name for op in OPS}
 
 
 def test_every_op_gives_the_same_bytes_whatever_the_hash_seed(tmp_path: Path) -> None:
@@ -80,6 +112,18 @@ def test_every_op_gives_the_same_bytes_whatever_the_hash_seed(tmp_path: Path) ->
         made.append({name: data for name, data in files.items() if name.endswith(".safetensors")})
     assert {name.split("/")[0] for name in made[0]} == {op.name for op in OPS}
     assert made[0] == made[1]
+
+
+@pytest.mark.parametrize("op", [op for op in OPS if op.takes not in ("model", "inputs")], ids=lambda op: op.name)
+def test_what_is_planned_in_place_of_an_op_gives_the_same_bytes_in_every_run(op: type[Op], tmp_path: Path) -> None:
+    """Of ops that compute nothing themselves, whose suite has no tensors to try."""
+    write_examples(tmp_path, [op])
+    made = []
+    for threads, memory, reading in ((1, 2**30, "mmap"), (2, 2**26, "pread"), (2, 2**30, "mmap")):
+        out = tmp_path / f"out{len(made)}"
+        run(load_recipe(tmp_path / f"{op.name}.yaml"), out, threads=threads, memory=memory, reading=reading)  # type: ignore[arg-type]
+        made.append({name: data for name, data in files_of(out).items() if name.endswith(".safetensors")})
+    assert made[0] and made[0] == made[1] == made[2]
 
 
 # The suite itself.

@@ -19,7 +19,7 @@ from mergeflow.checkpoint.sources import Read, Source
 from mergeflow.dtypes import BY_NAME
 from mergeflow.errors import MergeflowError
 from mergeflow.graph import Apply, Expression, Load, Made, Measure, Row
-from mergeflow.ops import LEAF, Block, Op, Reduction
+from mergeflow.ops import LEAF, Block, Op, Reduction, Ties
 
 SHAPES = {
     "wide": (700, 301),
@@ -142,6 +142,43 @@ def test_rows_below_a_whole_tensor_are_cut_as_they_are_alone(tmp_path: Path) -> 
     first, second = values(executed(alone), alone), values(executed(whole), whole)
     for name in tensors:
         assert torch.equal(first[name].flip(0) if tensors[name].ndim else first[name], second[name]), name
+
+
+@pytest.mark.usefixtures("small")
+def test_thresholds_over_what_is_made_by_rows_are_those_of_the_whole(tmp_path: Path) -> None:
+    """Trim counts equals leaf by leaf, and rows of 301 end in the middle of leaves: magnitudes here tie in masses."""
+    tensors = {
+        f"{m}.{n}": (noise(i, *shape) * 2).round() / 2 for m in "ab" for i, (n, shape) in enumerate(SHAPES.items())
+    }
+    tensors = {name: tensor for name, tensor in tensors.items() if tensor.numel()}
+    save(tmp_path / "a", tensors)
+    rows, trim = RowMaximum(), Ties(density=0.3).resolved(((1.0,), (0.3,), True, 1.0))
+    names = [name for name in SHAPES if f"a.{name}" in tensors]
+
+    def made(loads: Mapping[str, Load], name: str, *, by_rows: bool) -> Expression:
+        inner: Expression = loads[f"b.{name}"]
+        if by_rows:
+            inner = Apply(rows, (inner,), Measure(rows, ((inner,),)))
+        inputs = (loads[f"a.{name}"], inner)
+        return Apply(trim, inputs, Measure(trim, (inputs,)))
+
+    def planned(folder: Path, *, by_rows: bool) -> Any:
+        return plan_by_hand(folder, lambda loads: {f"a.{n}": made(loads, n, by_rows=by_rows) for n in names})
+
+    nested = planned(tmp_path / "a", by_rows=True)
+    sinks = [executed(nested, **options) for options in OPTIONS]
+
+    # The same with the rows' results in a file.
+    def of_rows(load: Load) -> Expression:
+        return Apply(rows, (load,), Measure(rows, ((load,),)))
+
+    alone = plan_by_hand(tmp_path / "a", lambda loads: {f"b.{n}": of_rows(loads[f"b.{n}"]) for n in names})
+    save(tmp_path / "flat", {**tensors, **values(executed(alone), alone)})
+    flat = planned(tmp_path / "flat", by_rows=False)
+    assert sinks[0].rows == executed(flat).rows
+    assert all(sink.rows == sinks[0].rows and sink.done == sinks[0].done for sink in sinks)
+    accounted = {key for _, inputs in sinks[0].done.values() for key in inputs}
+    assert accounted == {f"a/{m}.{n}" for m in "ab" for n in names}
 
 
 @dataclass(frozen=True)

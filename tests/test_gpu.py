@@ -17,6 +17,9 @@ NODES: dict[str, dict[str, Any]] = {
     "linear": {"op": "linear", "inputs": ["a", "b"], "weight": 0.5},
     "ties": {"op": "ties", "base": "base", "inputs": ["a", "b"], "density": 0.2},
     "slerp": {"op": "slerp", "inputs": ["a", "b"], "t": 0.3},
+    "dare_ties": {"op": "dare_ties", "base": "base", "inputs": ["a", "b"], "density": 0.5},
+    "della_linear": {"op": "della_linear", "base": "base", "inputs": ["a", "b"], "density": 0.5},
+    "breadcrumbs": {"op": "breadcrumbs", "base": "base", "inputs": ["a", "b"], "density": 0.5},
     "nested": {
         "op": "slerp",
         "t": 0.3,

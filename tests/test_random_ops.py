@@ -41,7 +41,7 @@ from mergeflow.ops import (
     sparsified,
 )
 from mergeflow.ops.base import cut_as, spread
-from mergeflow.ops.deltas import leaf_sums
+from mergeflow.ops.deltas import leaf_sums, masked, norm_parts, norms_around, powers
 from mergeflow.settings import Place
 
 Array = NDArray[np.float64]
@@ -693,3 +693,13 @@ def test_sums_of_leaves_are_exact_to_a_few_units_and_leave_their_values_alone(si
     assert found.dtype == torch.float64
     assert found.tolist() == pytest.approx(want, rel=2e-7 if dtype == torch.float32 else 1e-14)
     assert torch.equal(values, before)
+
+
+@pytest.mark.parametrize("size", [0, 1, 7, LEAF, LEAF + 1, 4 * LEAF + 999])
+@pytest.mark.parametrize("norm", ["l1", "l2", "linf"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_norms_around_a_mask_are_those_of_what_it_keeps(size: int, norm: Any, dtype: torch.dtype) -> None:
+    delta, mask = normal(size, seed=1, dtype=dtype), normal(size, seed=2) > 0
+    found = norms_around(delta, mask, norm)
+    for got, values in zip(found, (delta, masked(delta, mask)), strict=True):
+        assert torch.equal(got, norm_parts(powers(values, norm), norm))

@@ -38,4 +38,5 @@ def test_its_recipe_is_a_recipe(text: str, tmp_path: Path) -> None:
 
     assert read_document(text, "README.md").data["recipe"] == 1
     (tmp_path / "recipe.yaml").write_text(text)
-    assert load_recipe(tmp_path / "recipe.yaml").outputs[""].node == "result"
+    recipe = load_recipe(tmp_path / "recipe.yaml")
+    assert recipe.outputs[""].node == list(recipe.nodes)[-1], "the last node is what is written"

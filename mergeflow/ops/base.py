@@ -153,6 +153,11 @@ class Op(BaseModel, ABC):
             return _onto_base(self, base, inputs)
         if self.needs_base and base != "weight":
             raise _no_base(self, base)
+        if self.needs_base and "delta" in inputs:
+            raise RecipeError(
+                f"{self.name} compares models with their base, and an input is a delta",
+                fix="Put the delta onto the base first: `{op: add, base: ..., inputs: [...]}`.",
+            )
         if len(set(inputs)) > 1:
             raise RecipeError(
                 f"{self.name} mixes {' and '.join(sorted(set(inputs)))} inputs",

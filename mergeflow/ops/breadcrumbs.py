@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 class Breadcrumbs(Sparsified):
-    """Keep the entries of each delta that are neither among its largest nor among its smallest, and add the weighted sum.
+    """Drop the largest and the smallest entries of each delta, and add the weighted sum of the rest.
 
     theta_0 + s sum_i w_i f_i b(tau_i) with tau_i = theta_i - theta_0. Of the n entries of a tensor, b keeps int(density n): those
     that are left when the int(gamma n) largest in magnitude and then the smallest are dropped; where so many are to be kept that
@@ -83,7 +83,7 @@ class Breadcrumbs(Sparsified):
 
 
 class BreadcrumbsTies(Breadcrumbs, Voting):
-    """Keep the entries of each delta that are neither among its largest nor among its smallest, and merge what agrees in sign.
+    """Drop the largest and the smallest entries of each delta, and merge what agrees in sign of the rest.
 
     theta_0 + s sum_i m_i w_i f_i b(tau_i): `breadcrumbs` with the vote of `ties`. The elected sign of an entry is that of
     sum_i w_i f_i b(tau_i), 0 counting as +; m_i is 1 where w_i f_i b(tau_i) has the elected sign, so a dropped entry never

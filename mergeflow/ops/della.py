@@ -27,7 +27,7 @@ _ROUNDING = 1e-9
 
 
 class DellaLinear(Masking):
-    """Keep each entry with a probability that rises with its rank in its row, make up for the loss, add the weighted sum.
+    """Drop entries of each delta by chance, the small ones of a row more often, and add the weighted sum.
 
     theta_0 + s sum_i w_i f_i b_i tau_i with tau_i = theta_i - theta_0 and b_i = 1 where u < p, else 0;
     p = density - epsilon + 2 epsilon (rank - 1) / (len - 1) with the ranks 1 to len of |tau_i| along the last axis, the lowest
@@ -100,7 +100,7 @@ class DellaLinear(Masking):
 
 
 class Della(DellaLinear, Voting):
-    """Keep each entry with a probability that rises with its rank in its row, make up for the loss, merge what agrees in sign.
+    """Drop entries of each delta by chance, the small ones of a row more often, and merge what agrees in sign.
 
     theta_0 + s sum_i m_i w_i f_i b_i tau_i / sum_i m_i w_i: `della_linear` with the vote of `ties`. The elected sign of an
     entry is that of sum_i w_i f_i b_i tau_i, 0 counting as +; m_i is 1 where w_i f_i b_i tau_i has the elected sign, so a

@@ -16,8 +16,10 @@ from __future__ import annotations
 
 import math
 import struct
+import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from itertools import chain, pairwise
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, TypeVar
 
@@ -684,6 +686,47 @@ def norm_parts(values: Tensor, norm: Rescale) -> Tensor:
     if norm != "linf":
         return leaf_sums(values)
     return values.amax().double().reshape(1) if values.numel() else values.new_zeros(1).double()
+
+
+class _Scratch(threading.local):
+    """What a thread works in, leaf by leaf: the sizes before and after a mask, and their sums by halves."""
+
+    def __init__(self) -> None:
+        import numpy as np
+
+        self.sizes, self.sums = np.empty((2, LEAF), np.float32), np.empty((2, LEAF // 2), np.float32)
+
+
+@cache
+def _scratch() -> _Scratch:
+    return _Scratch()
+
+
+def norms_around(delta: Tensor, mask: Tensor, norm: Rescale) -> tuple[Tensor, Tensor]:
+    """`norm_parts` of a flat delta, and of what a mask keeps of it."""
+    import numpy as np
+    import torch
+
+    if norm != "l1" or not delta.is_cpu or delta.dtype != torch.float32:
+        whole = powers(delta, norm)
+        return norm_parts(whole, norm), norm_parts(masked(whole, mask), norm)
+    # The same leaf by leaf in memory that stays in the nearest caches, which takes half the time.
+    sizes, sums = _scratch().sizes, _scratch().sums
+    values, kept = delta.numpy(), mask.numpy()
+    found = np.empty((-(-len(values) // LEAF), 2, LEAF // 8))
+    with np.errstate(invalid="ignore"):
+        for leaf, start in enumerate(range(0, len(values), LEAF)):
+            stop = min(start + LEAF, len(values))
+            sizes[:, stop - start :] = 0
+            np.abs(values[start:stop], out=sizes[0, : stop - start])
+            np.multiply(sizes[0, : stop - start], kept[start:stop], out=sizes[1, : stop - start])
+            np.add(sizes[:, : LEAF // 2], sizes[:, LEAF // 2 :], out=sums)
+            np.add(sums[:, : LEAF // 4], sums[:, LEAF // 4 :], out=sizes[:, : LEAF // 4])
+            np.add(sizes[:, : LEAF // 8], sizes[:, LEAF // 8 : LEAF // 4], out=found[leaf])
+    while (width := found.shape[2] // 2) > 0:
+        found = found[:, :, :width] + found[:, :, width:]
+    before, after = (torch.from_numpy(found[:, side, 0].copy()) for side in range(2))
+    return before, after
 
 
 def norm_of(parts: Sequence[float], norm: Rescale) -> float:

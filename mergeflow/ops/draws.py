@@ -15,7 +15,7 @@ from __future__ import annotations
 import math
 import threading
 from collections.abc import Iterator, Sequence
-from functools import lru_cache
+from functools import cache, lru_cache
 from typing import TYPE_CHECKING, Any
 
 from blake3 import blake3
@@ -29,8 +29,8 @@ _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 _WEYL = (0x9E3779B9, 0xBB67AE85)
 _ROUNDS = 10
 _LOW = 0xFFFF_FFFF
-_CHUNK = 16_384
-"""Counters that are worked on at once: the fewest for which calling numpy costs little."""
+_CHUNK = 32_768
+"""Counters that are worked on at once: few enough for the caches, and so many that calling numpy costs little."""
 
 
 def draw_key(seed: Sequence[str], model: str, count: int, tensor: str) -> int:
@@ -121,8 +121,8 @@ def _pieces(key: int, start: int, size: int) -> Iterator[tuple[int, int, NDArray
         first = end
 
 
-class _Scratch:
-    """What a thread works in: the products of a round and of the one before, in rows, and those of the ramp of counters."""
+class _Scratch(threading.local):
+    """What a thread works in: the products of a round and of the one before, in rows, and numbers that are always needed."""
 
     def __init__(self) -> None:
         import numpy as np
@@ -130,9 +130,13 @@ class _Scratch:
         # Longer than a chunk, for the XOR that is moved by a word.
         self.products = tuple(np.zeros((2, _CHUNK + 8), np.uint64) for _ in range(2))
         self.ramp = np.arange(_CHUNK, dtype=np.uint64) * np.uint64(_MULTIPLIERS[0])
+        self.multipliers = tuple(_column(*_MULTIPLIERS, n) for n in range(_ROUNDS))
+        self.shift, self.low = np.uint64(32), np.uint64(_LOW)
 
 
-_threads = threading.local()
+@cache
+def _scratch() -> _Scratch:
+    return _Scratch()
 
 
 @lru_cache(maxsize=64)
@@ -163,12 +167,12 @@ def _philox(key: int, first: int, size: int) -> NDArray[Any]:
     """
     import numpy as np
 
-    if not hasattr(_threads, "scratch"):
-        _threads.scratch = _Scratch()
-    scratch: _Scratch = _threads.scratch
-    last, now = scratch.products
-    keys, columns, shift, low = _keys(key), _columns(key), np.uint64(32), np.uint64(_LOW)
-    a, b = last[:, :size], now[:, :size]
+    scratch = _scratch()
+    keys, columns, multipliers, shift, low = _keys(key), _columns(key), scratch.multipliers, scratch.shift, scratch.low
+    rows = tuple(products[:, :size] for products in scratch.products)
+    halves = tuple(products.view(np.uint32)[:, : 2 * size] for products in scratch.products)
+    moved = tuple(products.view(np.uint32)[:, 1 : 2 * size + 1] for products in scratch.products)
+    a, b = rows
     # Round 0: the first word's products; round 1: the third word's, the first word's being one number.
     same = _MULTIPLIERS[0] * (first >> 32 ^ keys[0][0])
     np.add(scratch.ramp[:size], np.uint64(_MULTIPLIERS[0] * (first & _LOW)), out=b[1])
@@ -179,28 +183,24 @@ def _philox(key: int, first: int, size: int) -> NDArray[Any]:
     np.right_shift(a[1], shift, out=b[0])
     np.bitwise_and(b[1], low, out=b[1])
     np.bitwise_xor(b, _column(keys[1][0], same >> 32 ^ keys[1][1], 2), out=b)
-    np.multiply(b, _column(*_MULTIPLIERS, 2), out=b)
+    np.multiply(b, multipliers[2], out=b)
     # Round 3.
-    moved, halves = now.view(np.uint32)[:, 1 : 2 * size + 1], last.view(np.uint32)[:, : 2 * size]
-    np.bitwise_xor(halves[1], moved[1], out=halves[1])
+    np.bitwise_xor(halves[0][1], moved[1][1], out=halves[0][1])
     np.bitwise_and(a[1], low, out=a[1])
     np.right_shift(b[0], shift, out=a[0])
     np.bitwise_xor(a, _column(keys[2][0], same & _LOW ^ keys[2][1], 3), out=a)
-    np.multiply(a, _column(*_MULTIPLIERS, 3), out=a)
+    np.multiply(a, multipliers[3], out=a)
     for n in range(3, _ROUNDS):
-        last, now = now, last
-        moved, halves = now.view(np.uint32)[:, 1 : 2 * size + 1], last.view(np.uint32)[:, : 2 * size]
-        if n % 2:
-            moved = moved[::-1]
-        np.bitwise_xor(halves, moved, out=halves)
-        a = last[:, :size]
+        now, last = 1 - n % 2, n % 2
+        a = rows[last]
+        np.bitwise_xor(halves[last], moved[now][::-1] if n % 2 else moved[now], out=halves[last])
         if n + 1 < _ROUNDS:
             np.bitwise_and(a, low, out=a)
             np.bitwise_xor(a, columns[n], out=a)
-            np.multiply(a, _column(*_MULTIPLIERS, n + 1), out=a)
+            np.multiply(a, multipliers[n + 1], out=a)
     np.bitwise_xor(a, columns[-1], out=a)
-    halves[:, 1::2] = now.view(np.uint32)[::-1, : 2 * size : 2]
-    return halves
+    halves[last][:, 1::2] = halves[now][::-1, ::2]
+    return halves[last]
 
 
 def _on_device(key: int, start: int, size: int, device: torch.device) -> Tensor:

@@ -26,6 +26,7 @@ from mergeflow.ops.deltas import (
     masked,
     norm_of,
     norm_parts,
+    norms_around,
     powers,
     refuse_zero_sum,
     scaled,
@@ -252,9 +253,7 @@ class Kept(Norms):
                 bits.append(None)
                 continue
             if self.norm in NORMS:
-                sizes = powers(delta.reshape(-1), self.norm)
-                kept = masked(sizes, mask[0].reshape(-1))
-                norms.append((norm_parts(sizes, self.norm), norm_parts(kept, self.norm)))
+                norms.append(norms_around(delta.reshape(-1), mask[0].reshape(-1), self.norm))
             else:
                 norms.append(None)
             bits.append(np.packbits(np.asarray(mask[0].reshape(-1).cpu()), bitorder="little"))

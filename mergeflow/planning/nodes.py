@@ -327,7 +327,7 @@ class NodeTable(Table):
 
     def _made(self, name: str) -> Expression:
         if name in self.holders:
-            return self._as_it_is(name, self.holders[name])
+            return self._in_space(name, self.holders[name])
         ready = self.ready.get(name) or self.ready.setdefault(name, self._resolved(name))
         if not isinstance(ready, Ready):
             return ready
@@ -342,7 +342,7 @@ class NodeTable(Table):
             self.make.agreed[id(made)] = next(self.make.speakers(made))
         return made
 
-    def _as_it_is(self, name: str, table: Table) -> Expression:
+    def _in_space(self, name: str, table: Table) -> Expression:
         """What a table gives for a tensor, in the node's own space."""
         if self.space == "delta" and not table.gives_delta(name):
             self._whole_weight(name, table.leaf, self.where())
@@ -485,7 +485,7 @@ class NodeTable(Table):
                 name,
             )
             return self._fallen()
-        return self._as_it_is(name, others)
+        return self._in_space(name, others)
 
     def _given(self, name: str, place: Place, op: Op) -> tuple[list[int], list[Expression], list[bool]] | None:
         """What inputs give for a tensor after the rules for missing and unlike ones, and which of that is a delta."""

@@ -132,6 +132,10 @@ class StackTable(NodeTable):
         owners: list[tuple[Table, int | None]] = [(table, index) for index, table in enumerate(self.inputs)]
         owners += [(self.rest, None)] if self.rest else []
         for table, index in owners:
+            if table.sparse:
+                fix = "Put it onto its base first, `{op: add, base: ..., inputs: [...]}`, and stack what that gives."
+                self._problem(f"'{self.owner(index)}' has deltas of some tensors only, and no whole layers", index, fix)
+                return None
             if table.space not in ("weight", "delta"):
                 fix = "Stack models or deltas, such as what `emr_apply` makes of an artifact."
                 self._problem(f"'{self.owner(index)}' is an {table.space}, and has no layers to stack", index, fix)

@@ -51,7 +51,7 @@ LATER_OPS = {
 }
 
 MERGEKIT_WORDS = {
-    "merge_method": "Write `op:` on a node under `nodes:`.",
+    "merge_method": "Write `op:` on a node under `nodes:`; `mergeflow import` brings a whole file over.",
     "base_model": "Write `base:` on the node, with a name from `models:`.",
     "parameters": "Parameters stand right on the node, or on one of its inputs.",
     "lambda": "Write `scale:`.",
