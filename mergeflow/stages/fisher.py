@@ -11,9 +11,10 @@ pass serves all of them. For `expected` any factor V V^T = diag(p) - p p^T does;
 C - 1 columns, so C classes take C - 1 backward passes, and two classes one.
 
 Gradients of single examples come from `torch.func.vmap`, several examples at once, where the model allows it (control flow that
-looks at values does not), the memory has room for more than one gradient, and on a processor these are small enough for its caches
-(measured: over 4 MB a loop is faster); else from a loop over examples. `Diagonal.gradients` says which, and why. Examples of one length are taken together, and their padding and mask left out: models look into a mask for
-shortcuts, which vmap cannot follow, and no work is done on padding. Sums are float64, in an order that the data alone decides.
+looks at values does not), the memory has room for more than one gradient, and on a processor these are small enough for its
+caches (measured: over some 4 MB a loop is faster); else from a loop over examples. `Diagonal.gradients` says which, and why.
+Examples of one length are taken together, and their padding and mask left out: models look into a mask for shortcuts, which vmap
+cannot follow, and no work is done on padding. Sums are float64, in an order that the data alone decides.
 """
 
 from __future__ import annotations
