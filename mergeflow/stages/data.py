@@ -193,9 +193,8 @@ def read_rows(source: DataSource, folder: Path, counts: Counts) -> Iterator[Row]
 def _all_rows(source: DataSource, folder: Path, counts: Counts) -> Iterator[Row]:
     local = Path(source.path).expanduser()
     path = local if local.is_absolute() else folder / local
-    if source.kind == "hub" or (
-        source.kind is None and not path.exists() and not source.path.startswith((".", "/", "~"))
-    ):
+    named = source.path.startswith((".", "/", "~")) or local.suffix.lower() in KINDS or path.exists()
+    if source.kind == "hub" or (source.kind is None and not named):
         yield from _hub_rows(source)
         return
     if not path.exists():
