@@ -162,6 +162,13 @@ def recipe_of(path: str, settings: tuple[str, ...]) -> Recipe:
     return load_recipe(path, settings=read_settings(settings))
 
 
+def read_words(words: tuple[str, ...]) -> dict[str, Any]:
+    """What `key=value` words say, each value as YAML reads it."""
+    from mergeflow.recipe import read_settings
+
+    return {name: written.value for name, written in read_settings(words).items()}
+
+
 def memory_size(context: click.Context, parameter: click.Parameter, value: str | None) -> int | None:
     """The bytes of `--memory`."""
     if value is None:
@@ -381,6 +388,103 @@ def ops(name: str | None, markdown: bool) -> None:
 
 
 @commands.command()
+@click.argument("model")
+@click.option(
+    "--data", "data", required=True, metavar="FILE", help="What the model is run on (.jsonl, .csv, .txt, ...)."
+)
+@click.option(
+    "--kind", default="gram", show_default=True, metavar="OP", help="What is collected: gram, fisher_diag, ..."
+)
+@click.option("-o", "--out", required=True, type=click.Path(), help="The folder to write.")
+@click.option(
+    "--option", "options", multiple=True, metavar="KEY=VALUE", help="A parameter of the op, or a field of the data."
+)
+@click.option("--revision", help="A hub commit, tag or branch.")
+@click.option("--device", default="cpu", show_default=True, metavar="cpu|cuda|cuda:N", help="Where the model runs.")
+@memory_option
+@threads_option
+@click.option("--force", is_flag=True, help="Replace a finished output of another plan.")
+@json_option
+@click.option("-q", "--quiet", is_flag=True, help="No progress.")
+def stats(
+    model: str,
+    data: str,
+    kind: str,
+    out: str,
+    options: tuple[str, ...],
+    revision: str | None,
+    device: str,
+    memory: int | None,
+    threads: int | None,
+    force: bool,
+    as_json: bool,
+    quiet: bool,
+) -> None:
+    """Collect statistics of MODEL on data, for merges that never see the data.
+
+    The short way to a recipe whose output is a stage: its artifact is written to OUT, to be published beside the model.
+    """
+    from mergeflow import pipeline
+    from mergeflow.preparing import statistics_recipe
+    from mergeflow.reporting import size_text
+
+    check_device(device)
+    shown = _Progress(quiet)
+    recipe = statistics_recipe(model, data, kind, read_words(options), revision=revision)
+    try:
+        result = pipeline.run(
+            recipe, out, device=device, memory=memory, threads=threads, force=force, progress=shown.update
+        )
+    finally:
+        shown.close()
+    if as_json:
+        click.echo(json.dumps({"path": str(result.path), "made": result.made, "tensors": result.rows}, indent=1))
+    elif not result.made:
+        click.echo(f"{result.path}: already made")
+    else:
+        click.echo(f"{result.path}: {result.rows} tensors, {size_text(result.bytes_out)}")
+
+
+@commands.group()
+def cache() -> None:
+    """List or clear the artifacts of stages."""
+
+
+@cache.command("list")
+@json_option
+def cache_list(as_json: bool) -> None:
+    """List the artifacts, the one used last first."""
+    from mergeflow import cache as store
+    from mergeflow.reporting import size_text
+
+    found = list(store.entries())
+    if as_json:
+        data = [{"key": one.key, "path": str(one.path), "bytes": one.size, "used": one.used} for one in found]
+        click.echo(json.dumps({"root": str(store.root()), "artifacts": data}, indent=1))
+        return
+    for one in found:
+        used = time.strftime("%Y-%m-%d %H:%M", time.localtime(one.used))
+        click.echo(f"{one.key}  {size_text(one.size):>9}  {used}")
+    click.echo(f"{len(found)} artifacts, {size_text(sum(one.size for one in found))} in {store.root()}")
+
+
+@cache.command("clear")
+@click.argument("keys", nargs=-1)
+@click.option(
+    "--older-than", type=click.FloatRange(min=0), metavar="DAYS", help="Only those not used for so many days."
+)
+def cache_clear(keys: tuple[str, ...], older_than: float | None) -> None:
+    """Delete artifacts: all, those of KEYS, or those not used lately."""
+    from mergeflow import cache as store
+    from mergeflow.reporting import size_text
+
+    gone = store.clear(
+        older_than=None if older_than is None else older_than * 86400, keys=frozenset(keys) if keys else None
+    )
+    click.echo(f"{len(gone)} artifacts deleted, {size_text(sum(one.size for one in gone))}")
+
+
+@commands.command()
 def schema() -> None:
     """Print the JSON Schema of a recipe, for editors."""
     from mergeflow.schema import schema_text
@@ -429,6 +533,10 @@ def check_device(device: str) -> None:
             )
 
 
+_BYTES = ("fetch", "read", "write")
+"""Work that is counted in bytes; stages count batches, layers or examples."""
+
+
 class _Progress:
     """Progress on stderr: a bar on a terminal, a line now and then in a pipe."""
 
@@ -459,9 +567,8 @@ class _Progress:
             if self.terminal:
                 from tqdm import tqdm
 
-                self.bar = tqdm(
-                    total=total, desc=what, unit="B", unit_scale=True, leave=False, file=sys.stderr, mininterval=0.2
-                )
+                unit = {"unit": "B", "unit_scale": True} if what in _BYTES else {"unit": ""}
+                self.bar = tqdm(total=total, desc=what, **unit, leave=False, file=sys.stderr, mininterval=0.2)
         self.done += done
         if self.bar is not None:
             self.bar.update(done)
@@ -471,7 +578,8 @@ class _Progress:
             self.spoke = now = time.monotonic()
             speed = self.done / max(now - self.started, 1e-9)
             left = (self.total - self.done) / speed if speed else 0.0
-            shown = f"{size_text(self.done)} of {size_text(self.total)}, {size_text(speed)}/s, {left:.0f} s left"
+            text: Callable[[float], str] = size_text if what in _BYTES else (lambda count: f"{count:.0f}")
+            shown = f"{text(self.done)} of {text(self.total)}, {text(speed)}/s, {left:.0f} s left"
             self.say(f"{what}: {shown}")
 
     def say(self, line: str) -> None:

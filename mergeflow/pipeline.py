@@ -39,8 +39,18 @@ from mergeflow.errors import (
 )
 from mergeflow.graph import Apply, Plan, SideFile
 from mergeflow.hub import is_local, locate
+from mergeflow.ops.statistics import StageOp
 from mergeflow.ops.unchanged import Unchanged
-from mergeflow.planning import keeps_quantisation, like_and_tokenizer, loads, make_plan, needed_models, plan_digest
+from mergeflow.planning import (
+    NO_MODEL,
+    keeps_quantisation,
+    like_and_tokenizer,
+    loads,
+    make_plan,
+    needed_models,
+    plan_digest,
+)
+from mergeflow.preparing import Runner, Stage, prepare
 from mergeflow.publishing import CARD, RECIPE, side_files
 from mergeflow.recipe import ArtifactSource, ModelSource, Recipe
 from mergeflow.writing import MANIFEST, Finished, Staging, finished_digest, free_bytes, refuse, repair
@@ -68,6 +78,8 @@ class Result:
     bytes_out: int = 0
     seconds: Mapping[str, float] = field(default_factory=dict)
     warnings: tuple[str, ...] = ()
+    stages: tuple[tuple[str, str, bool], ...] = ()
+    """Of each stage its node, the key of its artifact, and whether that was in the cache before."""
 
 
 @contextmanager
@@ -112,10 +124,14 @@ def plan(recipe: Recipe, *, out: str | Path | None = None) -> Plan:
 
     With `out` the written recipe's local paths are relative to it. Raises every problem found, together.
     """
-    made = make_plan(recipe, open_models(recipe))
+    opened = open_models(recipe)
+    prepared = prepare(recipe, opened)
+    models = {**opened, **prepared.artifacts}
+    recipe = prepared.recipe
+    made = make_plan(recipe, {name: models[name] for name in needed_models(recipe)})
     files = list(made.side_files)
     warnings = list(made.warnings)
-    idle = ", ".join(name for name in recipe.models if name not in made.models)
+    idle = ", ".join(name for name in recipe.models if name not in opened)
     notes = (*made.notes, f"no output needs {idle}, so nothing of it is read") if idle else made.notes
     for output in recipe.outputs.values():
         like, tokenizer = like_and_tokenizer(recipe, output)
@@ -130,9 +146,9 @@ def plan(recipe: Recipe, *, out: str | Path | None = None) -> Plan:
             beside, lints = side_files(
                 output=output.key,
                 # An artifact is no model: nothing may take it for one.
-                like=None if made.spaces[output.key] == "artifact" else made.models[like],
+                like=None if made.spaces[output.key] in NO_MODEL else made.models[like],
                 like_name=like,
-                tokenizer=None if made.spaces[output.key] == "artifact" else made.models[tokenizer],
+                tokenizer=None if made.spaces[output.key] in NO_MODEL else made.models[tokenizer],
                 tokenizer_name=tokenizer,
                 inputs={name: checkpoint for name, checkpoint in made.models.items() if name in used},
                 dtypes=dtypes,
@@ -234,6 +250,8 @@ def run(
     clock = _Clock()
     target = Path(out) if out is not None else Path(recipe.name)
     repair(target)
+    stages = _run_stages(recipe, device, threads, memory, progress)
+    clock.lap("stages")
     made = plan(recipe, out=target)
     stamps = _stamps(made)
     clock.lap("plan")
@@ -297,7 +315,27 @@ def run(
         bytes_out=report.bytes_out,
         seconds={**clock.laps, **{f"threads.{key}": value for key, value in report.seconds.items()}},
         warnings=made.warnings,
+        stages=tuple((stage.node.name, stage.key, stage.done) for stage in stages),
     )
+
+
+def _run_stages(
+    recipe: Recipe, device: str, threads: int | None, memory: int | None, progress: Progress
+) -> tuple[Stage, ...]:
+    """Make the artifacts that rows need and the cache lacks; the stages, as they were found."""
+    if not any(isinstance(node.op, StageOp) for node in recipe.nodes.values()):
+        return ()
+    from mergeflow.executing import threads_for
+
+    with _signals() as stop:
+
+        def materialise(asked: Recipe, node: str, folder: Path) -> None:
+            run(asked.giving(node), folder, device=device, threads=threads, memory=memory, progress=progress)
+
+        runner = Runner(
+            device, threads_for(threads), memory or max(total_memory() // 4, LEAST_MEMORY), stop, progress, materialise
+        )
+        return prepare(recipe, open_models(recipe), device=device, make=runner.make).stages
 
 
 def _check_target(made: Plan, target: Path, force: bool) -> None:

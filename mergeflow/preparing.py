@@ -9,25 +9,37 @@ yet gives the headers of what it would make.
 
 from __future__ import annotations
 
+import json
+import shutil
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from blake3 import blake3
 
 from mergeflow import cache
-from mergeflow.checkpoint import Checkpoint, StoredTensor, WeightFile, open_checkpoint
+from mergeflow.checkpoint import SINGLE, Checkpoint, StoredTensor, WeightFile, open_checkpoint
+from mergeflow.checkpoint.sources import Zeros
+from mergeflow.checkpoint.statistics import Facts, ModelNote, Statistics, marks, open_statistics
+from mergeflow.checkpoint.statistics import StageOp as OpNote
+from mergeflow.digests import PIECE, tensor_digest
 from mergeflow.dtypes import BY_NAME
-from mergeflow.errors import InputError, RecipeError
-from mergeflow.hub import Folder, LocalFolder, is_local
+from mergeflow.errors import InputError, Interrupted, MergeflowError, RecipeError, did_you_mean
+from mergeflow.graph import Made, Row, Shard
+from mergeflow.hub import LocalFolder, is_local, locate
+from mergeflow.layout import Tensor as PlacedTensor
+from mergeflow.layout import lay_out
+from mergeflow.ops import op_named
 from mergeflow.ops.statistics import StageOp
 from mergeflow.planning import references
 from mergeflow.recipe import ArtifactSource, DataSource, Node, Recipe
-from mergeflow.writing import finished_digest
+from mergeflow.writing import MANIFEST, Staging, finished_digest
 
 if TYPE_CHECKING:
-    pass
+    from torch import Tensor
 
 Progress = Callable[[str, int, int], None]
 
@@ -208,28 +220,234 @@ def _data_identity(recipe: Recipe, node: Node, data: DataSource) -> Any:
     return [said, digest.hexdigest()]
 
 
-def _opened(stage: Stage) -> Checkpoint:
+def _opened(stage: Stage) -> Statistics:
     cache.mark_used(stage.path)
-    return open_checkpoint(CachedFolder(f"stage {stage.node.name}", stage.path, key=stage.key))
+    return open_statistics(CachedFolder(f"stage {stage.node.name}", stage.path, key=stage.key))
 
 
-def _foreseen(stage: Stage, opened: Mapping[str, Checkpoint]) -> Checkpoint:
-    """The headers that a stage would make, from its model's config."""
+def _foreseen(stage: Stage, opened: Mapping[str, Checkpoint]) -> Statistics:
+    """The headers that a stage would make, from its model's config and headers."""
     from mergeflow.stages import predict
 
     checkpoint = opened.get(stage.model)
     if checkpoint is None:
         raise RecipeError(
-            f"the stage '{stage.node.name}' runs a node, whose statistics are known once it has run",
-            fix="Run the recipe: a plan shows stages of models.",
+            f"the stage '{stage.node.name}' runs a node, and what it collects is known once it has run",
+            fix="Run the recipe: plans foresee the stages of models.",
         )
-    paths = checkpoint.folder.local(["config.json"]) if checkpoint.folder.exists("config.json") else {}
-    folder = next(iter(paths.values())).parent if paths else Path(checkpoint.folder.label)
-    tensors, metadata = {}, {}
-    for name, (dtype, shape) in predict(stage.op, folder).items():
-        kind, count = BY_NAME[dtype], 1
-        for length in shape:
-            count *= length
-        tensors[name] = StoredTensor(name, kind, shape, "model.safetensors", 0, count * kind.size)
-    label: Folder = ForeseenFolder(f"stage {stage.node.name}, not run yet", stage.key)
-    return Checkpoint(label, tensors, {"model.safetensors": WeightFile("model.safetensors", 0, "")}, None, metadata)
+    wanted = [name for name in checkpoint.folder.names() if "/" not in name and name.endswith(".json")]
+    folder = next(
+        iter(checkpoint.folder.local(["config.json"] if "config.json" in wanted else wanted[:1]).values())
+    ).parent
+    found = predict(stage.op, folder, stage.node.only)
+    tensors = {}
+    for name, (dtype, shape) in found.tensors.items():
+        kind = BY_NAME[dtype]
+        tensors[name] = StoredTensor(name, kind, shape, SINGLE, 0, prod(shape) * kind.size)
+    facts = Facts(
+        kind=stage.op.kind,
+        codec=getattr(stage.op, "codec", "float32"),
+        op=OpNote(name=stage.op.name, version=stage.op.version),
+        model=ModelNote(digest=""),
+        n_examples=0,
+        n_tokens=2**62,
+        groups=dict(found.groups),
+        skipped=dict(found.skipped),
+    )
+    folder_of = ForeseenFolder(f"stage {stage.node.name}, not run yet", stage.key)
+    return Statistics(folder_of, tensors, {SINGLE: WeightFile(SINGLE, 0, "")}, None, {}, facts, "")
+
+
+# Making
+
+
+@dataclass(frozen=True, slots=True)
+class Runner:
+    """What it takes to run stages: how, and what the whole way lends them."""
+
+    device: str
+    threads: int
+    memory: int
+    stop: threading.Event
+    progress: Progress
+    materialise: Materialise
+
+    def make(self, stage: Stage, recipe: Recipe) -> None:
+        """Run a stage and put its artifact into the cache. Raises what the stage raises, and leaves nothing half-made."""
+        from mergeflow.stages import StageJob, run_stage
+
+        work = cache.work_path(stage.key)
+        work.mkdir(parents=True, exist_ok=True)
+        folder, checkpoint = self._model(stage, recipe, work)
+        source = {
+            "digest": _digest_of(checkpoint, self.stop, self.progress),
+            "source": checkpoint.folder.label if stage.model in recipe.models else f"node {stage.model}",
+            "revision": checkpoint.folder.revision if stage.model in recipe.models else None,
+            "files": marks(checkpoint),
+        }
+        job = StageJob(
+            op=stage.op,
+            model=folder,
+            source=source,
+            data=stage.data,
+            folder=recipe.folder,
+            work=work,
+            write=lambda tensors, files, metadata: write_artifact(
+                stage.path, stage.key, tensors, files, metadata, self.stop
+            ),
+            only=stage.node.only,
+            device=self.device,
+            memory=self.memory,
+            threads=self.threads,
+            seed=recipe.seed if stage.node.seed is None else stage.node.seed,
+            progress=self.progress,
+            stop=self.stop,
+        )
+        try:
+            run_stage(job)
+        except MergeflowError as error:
+            raise error.placed(recipe.where(stage.node.path)) from None
+        shutil.rmtree(work, ignore_errors=True)
+
+    def _model(self, stage: Stage, recipe: Recipe, work: Path) -> tuple[Path, Checkpoint]:
+        """The local folder of the model that a stage runs, a node's written out first, and its headers."""
+        if stage.model in recipe.models:
+            source = recipe.models[stage.model]
+            folder = locate(
+                source.location, revision=source.revision, subfolder=source.subfolder, relative_to=recipe.folder
+            )
+            found = open_checkpoint(folder, file=source.file)
+            names = [name for name in folder.names() if "/" not in name and not name.endswith(SKIPPED)]
+            paths = folder.local(
+                list(dict.fromkeys([*found.files, *names])), lambda done: self.progress("fetch", done, 0)
+            )
+            return next(iter(paths.values())).parent, found
+        made = work / "model"
+        self.materialise(recipe, stage.model, made)
+        return made, open_checkpoint(LocalFolder(str(made), made))
+
+
+SKIPPED = (".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".onnx", ".py")
+"""Files of a repository that no stage reads."""
+
+
+def _digest_of(checkpoint: Checkpoint, stop: threading.Event, progress: Progress) -> str:
+    """The digest of a model over its tensors: every byte is read once."""
+    from mergeflow.checkpoint.statistics import model_digest
+
+    paths = checkpoint.paths()
+    total = sum(tensor.nbytes for tensor in checkpoint.tensors.values())
+    found = []
+    for name, tensor in checkpoint.tensors.items():
+        pieces = []
+        with paths[tensor.file].open("rb") as file:
+            file.seek(tensor.begin)
+            left = tensor.nbytes
+            while left:
+                if stop.is_set():
+                    raise Interrupted("stopped")
+                piece = file.read(min(PIECE, left))
+                if not piece:
+                    raise InputError("the file became shorter while it was read", where=str(paths[tensor.file]))
+                pieces.append(blake3(piece).digest())
+                left -= len(piece)
+                progress("read", len(piece), total)
+        found.append((name, tensor.dtype.name, tensor.shape, tensor_digest(pieces, tensor.dtype.name, tensor.shape)))
+    return model_digest(found)
+
+
+def write_artifact(
+    target: Path,
+    key: str,
+    tensors: Mapping[str, Tensor],
+    files: Mapping[str, bytes],
+    metadata: Mapping[str, str],
+    stop: threading.Event | None = None,
+) -> None:
+    """Make the folder of an artifact, all or nothing: tensors in this order in one file, side files, and a manifest.
+
+    Tensors are asked for one at a time, twice each: once for their shapes, once to be written.
+    """
+    import torch
+
+    kinds = {name: (str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape)) for name, tensor in tensors.items()}
+    placed = [PlacedTensor(name, BY_NAME[dtype], shape) for name, (dtype, shape) in kinds.items()]
+    found, index = lay_out(placed, like_files=[], shard_size=None, metadata=dict(metadata))
+    shards = [Shard("", file.name, file.header, file.size) for file in found]
+    home = {name: (which, offset) for which, file in enumerate(found) for name, offset in file.offsets.items()}
+    rows = [
+        Row(
+            "", key, one.name, Made(Zeros(), (), one.dtype, one.shape), one.dtype, one.shape, *home[one.name], one.dtype
+        )
+        for one in placed
+    ]
+    digests: dict[str, str] = {}
+    with Staging.open(
+        target, digest=key, parts={"stage": key}, shards=shards, rows=rows, fresh=True, stop=stop
+    ) as staging:
+        for which, row in enumerate(rows):
+            stored: Any = tensors[row.name].detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+            data = memoryview(stored)
+            pieces = [blake3(data[start : start + PIECE]).digest() for start in range(0, len(data), PIECE)]
+            start = 0
+            for piece in staging.memory(which, 0, row.nbytes) if row.nbytes else ():
+                piece[:] = data[start : start + len(piece)]
+                start += len(piece)
+            if row.nbytes:
+                staging.filled(which, 0, row.nbytes)
+            digests[row.name] = tensor_digest(pieces, row.dtype.name, row.shape)
+            staging.row_done(which, digests[row.name], {})
+        staging.finish()
+        beside = {**files, **({index[0]: index[1]} if index else {})}
+        for name, content in beside.items():
+            staging.add(name, content)
+        manifest = {
+            "format": 1,
+            "plan": key,
+            "stage": key,
+            "tensors": {
+                row.name: {
+                    "file": shards[row.shard].file,
+                    "dtype": row.dtype.name,
+                    "shape": list(row.shape),
+                    "digest": digests[row.name],
+                }
+                for row in rows
+            },
+            "files": {
+                name: {"size": len(content), "digest": blake3(content).hexdigest()} for name, content in beside.items()
+            },
+        }
+        staging.add(MANIFEST, (json.dumps(manifest, indent=1, sort_keys=True) + "\n").encode())
+        staging.publish()
+
+
+def statistics_recipe(
+    model: str, data: str, kind: str, options: Mapping[str, Any], *, revision: str | None = None
+) -> Recipe:
+    """The recipe behind `mergeflow stats`: one stage, and its artifact as the output.
+
+    `options` are the op's parameters and the data's fields, told apart by their names. Paths are those of the command line.
+    """
+    op = op_named(kind)
+    if not issubclass(op, StageOp):
+        raise RecipeError(f"`{kind}` collects nothing", where="--kind", fix="Write gram, fisher_diag or another stage.")
+    own = {*op.model_fields, "only", "seed"}
+    strange = [key for key in options if key not in own and key not in DataSource.model_fields]
+    if strange:
+        fix = did_you_mean(strange[0], [*own, *DataSource.model_fields]) or f"There are {', '.join(sorted(own))}."
+        raise RecipeError(f"`{kind}` has no `{strange[0]}`", where="--option", fix=fix)
+    said = {key: value for key, value in options.items() if key in own}
+    fields = {key: value for key, value in options.items() if key not in own}
+    source = {"path": _as_written(model), **({"revision": revision} if revision else {})}
+    return Recipe(
+        name="statistics",
+        models={"model": source},
+        data={"data": {"path": _as_written(data), **fields}},
+        nodes={kind: {"op": kind, "model": "model", "data": "data", **said}},
+    )
+
+
+def _as_written(path: str) -> str:
+    """A path of the command line as recipes write it: what is there is meant, whatever its name looks like."""
+    return f"./{path}" if Path(path).exists() and not is_local(path) else path

@@ -42,6 +42,7 @@ from mergeflow.ops.select import Select
 from mergeflow.ops.slerp import Slerp
 from mergeflow.ops.stack import Stack
 from mergeflow.ops.star import Star
+from mergeflow.ops.statistics import ActAbsmean, FisherDiag, Gram, GramDiag, InputMean, StageOp
 from mergeflow.ops.task_arithmetic import TaskArithmetic
 from mergeflow.ops.task_vector import TaskVector
 from mergeflow.ops.ties import Ties
@@ -53,6 +54,7 @@ from mergeflow.ops.wudi import Wudi
 __all__ = [
     "LEAF",
     "OPS",
+    "ActAbsmean",
     "Add",
     "ArceeFusion",
     "Block",
@@ -70,6 +72,10 @@ __all__ = [
     "EmrApply",
     "EvolveCross",
     "Fisher",
+    "FisherDiag",
+    "Gram",
+    "GramDiag",
+    "InputMean",
     "IsoC",
     "IsoCts",
     "Karcher",
@@ -92,6 +98,7 @@ __all__ = [
     "Select",
     "Slerp",
     "Stack",
+    "StageOp",
     "Star",
     "TaskArithmetic",
     "TaskVector",
@@ -148,6 +155,11 @@ OPS: tuple[type[Op], ...] = (
     Passthrough,
     Select,
     Stack,
+    Gram,
+    GramDiag,
+    InputMean,
+    ActAbsmean,
+    FisherDiag,
 )
 """Our ops, in the order of the table."""
 

@@ -14,12 +14,13 @@ from mergeflow.checkpoint import Checkpoint
 from mergeflow.graph import Plan
 from mergeflow.planning.expressions import loads
 from mergeflow.planning.models import EMBEDDINGS, HEADS, QUANTISED, SPACE_KEY
-from mergeflow.planning.planner import Planner, default_like, keeps_quantisation, plan_digest, references
+from mergeflow.planning.planner import NO_MODEL, Planner, default_like, keeps_quantisation, plan_digest, references
 from mergeflow.recipe import Output, Recipe
 
 __all__ = [
     "EMBEDDINGS",
     "HEADS",
+    "NO_MODEL",
     "QUANTISED",
     "SPACE_KEY",
     "keeps_quantisation",
@@ -28,6 +29,7 @@ __all__ = [
     "make_plan",
     "needed_models",
     "plan_digest",
+    "references",
 ]
 
 

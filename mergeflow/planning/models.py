@@ -48,6 +48,8 @@ class Table(ABC):
     """The numbered stacks that `stack` made, by prefix: their names are not those of the leaf."""
     added: Collection[str] = ()
     """Names beyond those of the leaf, which `extra: keep` brought in."""
+    side_files: Collection[str] = ()
+    """Files of its folder that are written beside its tensors, where it is no model's."""
     bits: Collection[str] = ()
     """Names of tensors that hold truth values, eight to a byte."""
     fixed: Collection[str] = ()

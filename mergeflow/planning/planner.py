@@ -30,6 +30,9 @@ from mergeflow.planning.vocabulary import Vocabularies
 from mergeflow.recipe import Node, Output, Recipe
 from mergeflow.settings import Gradient, Place, matches, value_at
 
+NO_MODEL = ("artifact", "statistics")
+"""Spaces of what is no model: nothing of a model stands beside it."""
+
 KINDS: Mapping[str, Callable[[Planner, Node], Table]] = {
     "emr": EmrTable,
     "emr_apply": EmrApplyTable,
@@ -207,19 +210,22 @@ class Planner:
 
     def _output(self, output: Output) -> None:
         table = self.table(output.node)
-        like = self.tables[output.like or default_like(self.recipe, output.node)]
-        if not isinstance(like, ModelTable):
+        given = self.tables[output.like or default_like(self.recipe, output.node)]
+        like = given if isinstance(given, ModelTable) else None
+        if table.space in NO_MODEL:
+            like = None
+        elif like is None:
             self.findings.add(
                 RecipeError(
-                    f"the output would be like '{like.leaf}', which is an adapter and has no config of a model",
+                    f"the output would be like '{given.leaf}', which is no model and has no config of one",
                     where=self.recipe.where((*output.path, "like") if output.like else output.path),
                     fix="Name its base under `like:`.",
                 )
             )
             return
-        if table.sparse:
+        if table.sparse and like is not None:
             table = Filled(table, like, self.expressions)
-        others = self._check_like(output, table, like) if table.space != "artifact" else {}
+        others = self._check_like(output, table, like) if like is not None else {}
         self.check_setting(output.dtype, table.places, self.recipe.where((*output.path, "dtype")))
         tensors: list[Tensor] = []
         expressions: list[Expression] = []
@@ -232,7 +238,7 @@ class Planner:
                     "Put it onto its base, `{op: add, base: ..., inputs: [...]}`, and write that, or its `task_vector`.",
                     name,
                 )
-            model = like.tensors.get(others.get(name, ""))
+            model = like.tensors.get(others.get(name, "")) if like is not None else None
             dtype = stored.dtype
             if dtype.kind == "float" and name not in table.fixed:
                 dtype = self._dtype(output, table.places[name], expression) or (model or stored).dtype
@@ -241,10 +247,10 @@ class Planner:
         metadata = {"format": "pt", **table.metadata}
         if table.space != "weight":
             metadata[SPACE_KEY] = table.space
-        like_files = [] if table.space == "artifact" else list(like.checkpoint.files)
-        size = output.shard_size or self._stacked_size(table, like)
+        like_files = list(like.checkpoint.files) if like is not None else []
+        size = output.shard_size or (self._stacked_size(table, like) if like is not None else None)
         files, index = lay_out(tensors, like_files=like_files, shard_size=size, metadata=metadata)
-        layers = numbered_stacks(like.tensors) if table.stacked else {}
+        layers = numbered_stacks(like.tensors) if table.stacked and like is not None else {}
         counts = {prefix: len(found) for prefix, found in layers.items()}
         self.stacks[output.key] = tuple(replace(one, like=counts) for one in table.stacked.values())
         home = {
@@ -270,9 +276,11 @@ class Planner:
             for tensor, expression in zip(tensors, expressions, strict=True)
         ]
         self.rows += rows
-        self._check_quantised(output, rows, like)
-        if table.space != "artifact":
+        if like is not None:
+            self._check_quantised(output, rows, like)
             self._check_tokenizer(output, table, like)
+        for name in table.side_files:
+            self.side_files.append(SideFile(output.key, name, model=table.leaf, name=name))
         if index is not None:
             self.side_files.append(SideFile(output.key, index[0], index[1]))
 

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from mergeflow.checkpoint import StoredTensor
-from mergeflow.checkpoint.statistics import LOSSY, Kind, Statistics, of_another
+from mergeflow.checkpoint.statistics import LOSSY, STATISTICS, Kind, Statistics, of_another
 from mergeflow.errors import RecipeError, did_you_mean
 from mergeflow.graph import Expression, Load, Made
 from mergeflow.ops.base import Op, number, numbers
@@ -44,6 +44,8 @@ class StatisticsTable(Table):
         self.places = places(self.tensors)
         self.loads = {tensor: Load(name, stored) for tensor, stored in self.tensors.items()}
         self.made: dict[str, Expression] = {}
+        self.side_files, self.fixed = (STATISTICS,), set(self.tensors)
+        self.metadata = {key: value for key, value in checkpoint.metadata.items() if key.startswith("mergeflow.")}
 
     def expression(self, name: str) -> Expression:
         """A stored part."""

@@ -99,6 +99,13 @@ class Recipe:
         found.nodes = {name: node for name, node in self.nodes.items() if name not in sources}
         return found
 
+    def giving(self, node: str) -> Recipe:
+        """The same recipe with this node as its only output."""
+        found = object.__new__(Recipe)
+        found.__dict__.update(self.__dict__)
+        found.outputs = {"": Output(key="", node=node, path=("nodes", node.partition(".")[0]))}
+        return found
+
     def text(self) -> str:
         """The resolved recipe as YAML."""
         return dump_yaml(self.resolved)
