@@ -298,7 +298,7 @@ def collect(job: StageJob, folder: models.Folder, examples: data.Examples) -> co
         groups.extend(here)
 
     table, outside = walker.embedding, walker.outside()
-    head = [] if behind else walker.head()
+    head = [] if behind else [name for name in walker.head() if name != table]
     walker.fill([name for name in outside if name not in head])
     for batch in told():
         walker.embed(batch)
