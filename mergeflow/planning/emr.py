@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from typing import TYPE_CHECKING, Protocol
 
 from mergeflow.checkpoint import Checkpoint, StoredTensor
@@ -75,10 +76,8 @@ class EmrTable(Table):
             self._add(f"scaler.{task}{suffix}", "float32", (), (name, index))
 
     def _add(self, part: str, dtype: str, shape: tuple[int, ...], of: tuple[str, int]) -> None:
-        kind, count = BY_NAME[dtype], 1
-        for length in shape:
-            count *= length
-        self.tensors[part] = StoredTensor(part, kind, shape, "", 0, count * kind.size)
+        kind = BY_NAME[dtype]
+        self.tensors[part] = StoredTensor(part, kind, shape, "", 0, math.prod(shape) * kind.size)
         self.parts[part] = of
 
     def expression(self, name: str) -> Expression:
