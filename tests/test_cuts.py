@@ -400,3 +400,30 @@ def test_an_input_left_out_of_a_measured_model_is_refused(tmp_path: Path) -> Non
     node = {"op": "ties", "base": "a", "inputs": ["b", "c"], "density": 0.3, "scope": "model", "missing": "omit"}
     said = refusal(lambda: plan(Recipe(folder=tmp_path, models={n: f"./{n}" for n in "abc"}, nodes={"m": node})))
     assert "`ties` measures the whole model, and an input is left out at 'b.big'" in said
+
+
+def test_inputs_that_are_left_out_in_turn_of_a_measured_model_are_refused_too(tmp_path: Path) -> None:
+    """The count of inputs is the same at every tensor, and the inputs are not."""
+    models = models_of("abc", {"x": (3, 4), "y": (5,)})
+    for name, lacks in (("b", "x"), ("c", "y")):
+        del models[name][lacks]
+    for name, tensors in models.items():
+        save(tmp_path / name, tensors)
+    node = {"op": "ties", "base": "a", "inputs": ["b", "c"], "density": 0.3, "scope": "model", "missing": "omit"}
+    said = refusal(lambda: plan(Recipe(folder=tmp_path, models={n: f"./{n}" for n in "abc"}, nodes={"m": node})))
+    assert "`ties` measures the whole model, and an input is left out at 'x', 'y'" in said
+
+
+def test_float64_beside_float32_in_a_measured_model_is_refused_where_entries_are_compared(tmp_path: Path) -> None:
+    for name, tensors in models_of("abc", {"x": (30, 4), "y": (50,)}).items():
+        save(tmp_path / name, {**tensors, "y": tensors["y"].double()})
+    models = {n: f"./{n}" for n in "abc"}
+
+    def made(**more: Any) -> Recipe:
+        node = {"op": "ties", "base": "a", "inputs": ["b", "c"], "density": 0.3, "scope": "model", **more}
+        return Recipe(folder=tmp_path, models=models, nodes={"m": node})
+
+    said = refusal(lambda: plan(made()))
+    assert "compares the entries of the whole model, and float64 stands beside narrower dtypes at 'y'" in said
+    run(made(only="x", others={"model": "a"}), tmp_path / "out")
+    assert weights_of(tmp_path / "out")["y"].dtype is torch.float64

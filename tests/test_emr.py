@@ -201,6 +201,22 @@ def test_a_base_that_the_artifact_was_not_made_with_is_refused(tmp_path: Path) -
     assert any("'a' lacks 'more'" in line for line in lines)
 
 
+@pytest.mark.parametrize("mode", MODES)
+def test_a_task_that_lacks_a_tensor_is_refused_where_it_would_be_left_out(mode: str, tmp_path: Path) -> None:
+    given = stored(tmp_path)
+    save(tmp_path / "code", {name: tensor for name, tensor in given["code"].items() if name != "v"})
+    for nodes in (
+        {"kept": emr(rescale=mode, missing="omit")},
+        {"kept": emr(rescale=mode, missing="omit"), "back": task_nodes("kept")["math_again"]},
+    ):
+        (line,) = said(recipe(tmp_path, nodes))
+        assert "an input is left out at 'v'. Write `missing: base`" in line
+    run(recipe(tmp_path, {"kept": emr(rescale=mode, missing="base")}), tmp_path / "kept")
+    made = weights_of(tmp_path / "kept")
+    assert not made["mask.code.v"].any()
+    assert made["mask.math.v"].any()
+
+
 def test_an_artifact_says_what_it_is_and_can_be_made_again(tmp_path: Path) -> None:
     stored(tmp_path)
     run(recipe(tmp_path, {"kept": emr()}), tmp_path / "kept")

@@ -586,6 +586,42 @@ def test_tensors_of_one_shape_have_masks_of_their_own_and_edits_elsewhere_change
     assert not torch.equal(masks_of(models / "seeded", models / "base")["x.weight"], x)
 
 
+def test_layers_that_a_stack_renumbered_have_masks_of_their_own(tmp_path: Path) -> None:
+    """One layer may stand in a stack twice, and layers of two models may have had one number."""
+    base = {
+        "embed.weight": normal(3, 4, seed=1),
+        **{f"layers.{i}.weight": normal(40, 30, seed=2 + i) for i in range(2)},
+    }
+    write(tmp_path / "base", **base)
+    for name in ("a", "b"):
+        write(tmp_path / name, **{key: tensor + 1 for key, tensor in base.items()})
+
+    def stack(first: str, second: str) -> dict[str, Any]:
+        return {"op": "stack", "layers": [{"model": first, "take": "0-1"}, {"model": second, "take": "1-1"}]}
+
+    node = {"op": "dare_linear", "base": "bases", "inputs": ["deltas"], "density": 0.5, "rescale": "none"}
+    for second in ("a", "b"):
+        more = {"bases": stack("base", "base"), "deltas": stack("a", second)}
+        run(recipe_of(tmp_path, node, **more), tmp_path / f"out_{second}")
+        made = load_file(tmp_path / f"out_{second}" / "model.safetensors")
+        once, again = (made[f"layers.{number}.weight"] != base["layers.1.weight"] for number in (1, 2))
+        assert 500 < int((once == again).sum()) < 700  # of 1200: as many as chance gives
+
+
+def test_a_renamed_model_has_the_masks_of_the_names_in_its_checkpoint(models: Path) -> None:
+    node = {"op": "dare_linear", "base": "base", "inputs": ["a"], "density": 0.5, "rescale": "none"}
+    run(recipe_of(models, node), models / "out")
+    for name in ("base", "a"):
+        tensors = load_file(models / name / "model.safetensors")
+        write(models / f"{name}_long", **{f"tower.{key}": tensor for key, tensor in tensors.items()})
+    own = {"base": "./base_long", "a": {"path": "./a", "rename": {"*": "tower.*"}}}
+    found = Recipe(models=own, nodes={"result": node}, output={"node": "result", "dtype": "float32"}, folder=models)
+    run(found, models / "renamed")
+    masks = masks_of(models / "out", models / "base")
+    renamed = masks_of(models / "renamed", models / "base_long")
+    assert all(torch.equal(renamed[f"tower.{name}"], mask) for name, mask in masks.items())
+
+
 # Rules for all.
 
 

@@ -394,7 +394,7 @@ def test_cart_with_all_directions_is_the_average() -> None:
     assert relative(merged(Cart(rank=1.0), base, tensors), average) < 1e-6
     assert relative(merged(Cart(scale=0.0), base, tensors), average) < 1e-6
     assert relative(merged(Cart(), base, tensors), average) > 0.1
-    with pytest.raises(RecipeError, match="the weights sum to 0: 1, -1, 0"):
+    with pytest.raises(RecipeError, match="sum of the weights, which is 0: 1, -1, 0"):
         Cart(weight=[1.0, -1.0, 0.0])(base, tensors)
 
 

@@ -6,9 +6,8 @@ import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from mergeflow.errors import RecipeError
 from mergeflow.ops.base import number, numbers
-from mergeflow.ops.deltas import divided
+from mergeflow.ops.deltas import divided, refuse_zero_sum
 from mergeflow.ops.spectral import Deltas, SpectralOp, ranks_of, thin_svd
 from mergeflow.settings import Fraction, Number, PerInput, Setting, setting
 
@@ -37,12 +36,7 @@ class Cart(SpectralOp):
 
     def check(self) -> None:
         """Raises RecipeError where the weights sum to 0."""
-        weights = numbers(self.weight)
-        if abs(math.fsum(weights)) < 1e-8:
-            raise RecipeError(
-                f"cart averages, and the weights sum to 0: {', '.join(f'{one:g}' for one in weights)}",
-                fix="Change a weight.",
-            )
+        refuse_zero_sum(numbers(self.weight), "cart divides", "Change a weight.")
 
     def merged(self, deltas: Sequence[Tensor]) -> Tensor:
         """mu + s K sum_i w_i top_k(tau_i - mu) / sum_i w_i"""

@@ -49,13 +49,15 @@ _BINS = {False: 1 << 15, True: 1 << 16}
 """The values of the leading digit."""
 
 
-def refuse_zero_sum(weights: Sequence[float]) -> None:
-    """Raises RecipeError where weights that will divide sum to 0."""
+def refuse_zero_sum(
+    weights: Sequence[float],
+    what: str = "`normalize` divides",
+    fix: str = "Change a weight, or write `normalize: false`.",
+) -> None:
+    """Raises RecipeError where weights that will divide sum to 0; `what` says what divides."""
     if abs(math.fsum(weights)) < _TINY:
-        raise RecipeError(
-            f"`normalize` divides by the sum of the weights, which is 0: {', '.join(f'{one:g}' for one in weights)}",
-            fix="Change a weight, or write `normalize: false`.",
-        )
+        listed = ", ".join(f"{one:g}" for one in weights)
+        raise RecipeError(f"{what} by the sum of the weights, which is 0: {listed}", fix=fix)
 
 
 def divided(total: Tensor, weights: Sequence[float], *, own: bool) -> Tensor:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from mergeflow.errors import RecipeError
 from mergeflow.ops.base import Block, Op, Reduction, numbers, weighted_sum
+from mergeflow.ops.deltas import refuse_zero_sum
 from mergeflow.ops.gram import Gram, cosines, norms
 from mergeflow.settings import Flag, Number, PerInput, Setting, setting
 
@@ -17,8 +18,6 @@ if TYPE_CHECKING:
 
     from mergeflow.ops.gram import Array
 
-_CANCELS = 1e-8
-"""Weights whose sum is smaller cannot be divided by it."""
 _NO_DIRECTION = 1e-5
 """A mean of unit vectors this short, for weights of size 1, is what rounding left of vectors that cancel."""
 _ONE_LINE = 1 - 1e-9
@@ -51,13 +50,9 @@ class MultiSlerp(Op):
 
     def check(self) -> None:
         """Raises RecipeError where the weights sum to 0 and would divide."""
-        weights = numbers(self.weight)
-        if self.normalize_weights and abs(math.fsum(weights)) < _CANCELS:
-            raise RecipeError(
-                "`normalize_weights` divides by the sum of the weights, which is 0: "
-                + ", ".join(f"{one:g}" for one in weights),
-                fix="Change a weight, or write `normalize_weights: false`.",
-            )
+        if self.normalize_weights:
+            fix = "Change a weight, or write `normalize_weights: false`."
+            refuse_zero_sum(numbers(self.weight), "`normalize_weights` divides", fix)
 
     @property
     def _weights(self) -> tuple[float, ...]:

@@ -38,8 +38,8 @@ class NuSlerp(Op):
     dtype; computed in float32 (float64 if either is), angles in float64.
 
     It differs from `slerp` for weights instead of t, for the base, and in that nearly parallel tensors follow the arc.
-    mergekit calls the vectors along the last axis columns, so its `nuslerp_row_wise` means the opposite, and where they
-    are parallel it goes from the second to the first. The last bit depends on the processor.
+    mergekit calls the vectors along the last axis columns, so its `nuslerp_row_wise` means the opposite. The last bit
+    depends on the processor.
     """
 
     name = "nuslerp"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -130,10 +131,7 @@ class Filled(Table):
 
 def _as_tensor(update: Update, shape: tuple[int, ...]) -> StoredTensor:
     """A tensor of the base as the adapter knows it."""
-    elements = 1
-    for length in shape:
-        elements *= length
-    return StoredTensor(update.name, update.dtype, shape, ADAPTER_WEIGHTS, 0, elements * update.dtype.size)
+    return StoredTensor(update.name, update.dtype, shape, ADAPTER_WEIGHTS, 0, math.prod(shape) * update.dtype.size)
 
 
 def _layer(name: str) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from typing import TYPE_CHECKING, Protocol
 
 from mergeflow.checkpoint import Checkpoint, StoredTensor
@@ -75,10 +76,8 @@ class EmrTable(Table):
             self._add(f"scaler.{task}{suffix}", "float32", (), (name, index))
 
     def _add(self, part: str, dtype: str, shape: tuple[int, ...], of: tuple[str, int]) -> None:
-        kind, count = BY_NAME[dtype], 1
-        for length in shape:
-            count *= length
-        self.tensors[part] = StoredTensor(part, kind, shape, "", 0, count * kind.size)
+        kind = BY_NAME[dtype]
+        self.tensors[part] = StoredTensor(part, kind, shape, "", 0, math.prod(shape) * kind.size)
         self.parts[part] = of
 
     def expression(self, name: str) -> Expression:
@@ -90,7 +89,7 @@ class EmrTable(Table):
 
     def _made(self, part: str) -> Expression:
         name, task = self.parts[part]
-        ready = self.node.readied(name)
+        ready = self._ready(name)
         if not isinstance(ready, Ready):
             return ready  # a problem was noted
         if part.startswith("unified."):
@@ -99,6 +98,18 @@ class EmrTable(Table):
             return Apply(EmrMask(task=task), ready.inputs)
         return Apply(EmrScaler(task=task), (), self._measure(name, ready))
 
+    def _ready(self, name: str) -> Ready | Expression:
+        """The base and a delta for each task, or what stands there where a problem was noted."""
+        ready = self.node.readied(name)
+        if isinstance(ready, Ready) and not self.op.over_model and len(ready.inputs) != len(self.tasks) + 1:
+            self.node.findings.gather(
+                self.node.where(),
+                "`emr` keeps a mask for each task, and an input is left out at {names}",
+                "Write `missing: base` or `mismatch: base` in place of `omit`.",
+                name,
+            )
+        return ready
+
     def _measure(self, name: str, ready: Ready) -> Measure:
         return self.node.measure()[0] if self.op.over_model else Measure(ready.op, (ready.inputs,))
 
@@ -106,7 +117,7 @@ class EmrTable(Table):
         """A task's tensor of this name; None where the artifact has none."""
         if name not in self.node.tensors:
             return None
-        ready = self.node.readied(name)
+        ready = self._ready(name)
         if not isinstance(ready, Ready):
             return ready
         op = EmrTask(task=self.tasks.index(task))

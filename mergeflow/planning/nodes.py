@@ -369,6 +369,8 @@ class NodeTable(Table):
             over, keys = [], []
             before: dict[str, int] = {}
             leaves, op = 0, self.node.op
+            whole = len(self.inputs) + (self.base is not None)
+            wide: dict[bool, list[str]] = {True: [], False: []}
             for name in sorted(self.tensors):
                 if name in self.holders:
                     continue
@@ -378,13 +380,22 @@ class NodeTable(Table):
                     keys.append(ready.keys)
                     before[name], op = leaves, ready.op
                     leaves += -(-self.tensors[name].elements // LEAF)
-                    if len(ready.inputs) != len(over[0]):
+                    wide[any(map(self.make.is_wide, ready.inputs))].append(name)
+                    if len(ready.inputs) != whole:
                         self.findings.gather(
                             self.where(),
                             f"`{op.name}` measures the whole model, and an input is left out at {{names}}",
                             "Write `missing: base` or `mismatch: base` in place of `omit`.",
                             name,
                         )
+            if wide[False] and not op.has_parts:
+                for name in wide[True]:
+                    self.findings.gather(
+                        self.where(),
+                        f"`{op.name}` compares the entries of the whole model, and float64 stands beside narrower dtypes at {{names}}",
+                        "Leave them out by `only:`, or compare within each tensor.",
+                        name,
+                    )
             self.shared = Measure(op, tuple(over), tuple(keys) if any(keys) else ()), before
         return self.shared
 
@@ -401,7 +412,7 @@ class NodeTable(Table):
         kept, expressions, are_deltas = given
         base = self.base.expression(name) if self.base is not None else None
         if not kept:
-            if base is None:
+            if base is None or op.has_parts:
                 self.findings.gather(
                     self.where(), "no input is left for {names}", "Every input lacks it or has another shape.", name
                 )
@@ -467,8 +478,12 @@ class NodeTable(Table):
         models = [one.model for one in node.inputs]
         keys = []
         for index in kept:
-            stored = self.inputs[index].tensors.get(name, self.tensors[name])
-            keys.append(draw_key(seed, models[index], models[:index].count(models[index]), stored.name))
+            table = self.inputs[index]
+            own = table.tensors.get(name, self.tensors[name]).name
+            stack = in_stack(name)
+            if stack and stack[0] in table.stacked:
+                own = name  # layers that `stack` renumbered are no checkpoint's: one may stand there twice
+            keys.append(draw_key(seed, models[index], models[:index].count(models[index]), own))
         return tuple(keys)
 
     def _fallen(self) -> Expression:
