@@ -267,6 +267,9 @@ def load_model(folder: Folder, device: str = "cpu") -> nn.Module:
             where=str(folder.path),
             fix="Take a model with all its weights: what is not there would be random.",
         )
+    for parameter in model.parameters():
+        # Out of the file's map: how a tensor lies in memory decides the last bits of a product, and a walk has it so.
+        parameter.data = parameter.data.clone()
     loaded: nn.Module = model.to(torch.device(device)).eval().requires_grad_(False)
     return loaded
 
