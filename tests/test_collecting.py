@@ -666,6 +666,16 @@ def test_what_is_predicted_from_headers_is_what_is_written(
     assert told.tensors.keys() == made.tensors.keys() and told.groups == made.facts.groups
 
 
+def test_a_model_whose_headers_are_known_needs_no_weights_to_foresee(
+    folders: Mapping[str, Path], tmp_path: Path
+) -> None:
+    checkpoint = models.open_folder(folders["llama"]).checkpoint
+    (tmp_path / "config.json").write_bytes((folders["llama"] / "config.json").read_bytes())
+    assert predict(Gram(), tmp_path, None, checkpoint) == predict(Gram(), folders["llama"])
+    with pytest.raises(InputError):
+        predict(Gram(), tmp_path)
+
+
 def test_headers_say_that_it_is_statistics(tmp_path: Path) -> None:
     found = collected(exact(), mlp(tmp_path / "mlp"), numbers(5), tmp_path, seed=3)
     assert found.metadata["mergeflow.space"] == "statistics"

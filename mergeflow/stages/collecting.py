@@ -686,11 +686,10 @@ def software() -> dict[str, str]:
 # Predicting
 
 
-def predict(op: StageOp, model: Path, only: tuple[str, ...] | None = None) -> Predicted:
+def predict(op: StageOp, folder: models.Folder, only: tuple[str, ...] | None = None) -> Predicted:
     """What a run would write, from a run of the model on the meta device: no weight is read and no data."""
     import torch
 
-    folder = models.open_folder(model)
     empty = models.empty_model(folder)
     names = naming.names_of(empty, naming.shapes(folder.checkpoint))
     collector = Collector(empty, names, kind_of(op), torch.float32, "meta")
@@ -700,7 +699,7 @@ def predict(op: StageOp, model: Path, only: tuple[str, ...] | None = None) -> Pr
     except (RuntimeError, NotImplementedError) as error:
         raise InputError(
             f"which layers of {folder.architecture} read what cannot be told from headers: {str(error)[:200]}",
-            where=str(model),
+            where=str(folder.path),
         ) from error
     collector.finish()
     groups = chosen(everything, only)

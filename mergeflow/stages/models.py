@@ -119,8 +119,8 @@ _OFFSET = ("roberta", "xlm-roberta", "camembert", "longformer", "xlm-roberta-xl"
 """Model types whose first position is that after the padding token's id, so that two positions are never used."""
 
 
-def open_folder(path: Path) -> Folder:
-    """The folder by its config.json and headers. Raises InputError."""
+def open_folder(path: Path, checkpoint: Checkpoint | None = None) -> Folder:
+    """The folder by its config.json and headers, unless `checkpoint` has these already. Raises InputError."""
     where = str(path / "config.json")
     try:
         config = json.loads((path / "config.json").read_bytes())
@@ -132,7 +132,7 @@ def open_folder(path: Path) -> Folder:
         raise InputError(f"cannot be read: {str(error)[:200]}", where=where) from None
     if not isinstance(config, dict):
         raise InputError("is not a JSON object", where=where)
-    return Folder(path, config, open_checkpoint(locate(str(path.resolve()), relative_to=path)))
+    return Folder(path, config, checkpoint or open_checkpoint(locate(str(path.resolve()), relative_to=path)))
 
 
 def transformers() -> Any:
