@@ -20,6 +20,7 @@ from mergeflow.ops.statistics import ActAbsmean, FisherDiag, Gram, GramDiag, Inp
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from mergeflow.checkpoint import Checkpoint
     from mergeflow.recipe.grammar import DataSource
 
 Write = Callable[[Mapping[str, "Tensor"], Mapping[str, bytes], Mapping[str, str]], None]
@@ -76,7 +77,7 @@ RUNNERS: Mapping[type[StageOp], str] = {
     ActAbsmean: "mergeflow.stages.collecting",
     FisherDiag: "mergeflow.stages.fisher",
 }
-"""The module of each op's runner: its `run(job)` makes the artifact, its `predict(op, model, only)` says what that will hold."""
+"""The module of each op's runner: its `run(job)` makes the artifact, its `predict(op, folder, only)` says what that will hold."""
 
 
 def run_stage(job: StageJob) -> None:
@@ -84,7 +85,14 @@ def run_stage(job: StageJob) -> None:
     import_module(RUNNERS[type(job.op)]).run(job)
 
 
-def predict(op: StageOp, model: Path, only: tuple[str, ...] | None = None) -> Predicted:
-    """What a run would write, from config.json and headers alone: no weight is read and no data."""
-    found: Predicted = import_module(RUNNERS[type(op)]).predict(op, model, only)
+def predict(
+    op: StageOp, model: Path, only: tuple[str, ...] | None = None, checkpoint: Checkpoint | None = None
+) -> Predicted:
+    """What a run would write, from config.json and headers alone: no weight is read and no data.
+
+    `checkpoint` is the model's, where it has been opened already: a hub model's weights need not be in the folder then.
+    """
+    from mergeflow.stages import models
+
+    found: Predicted = import_module(RUNNERS[type(op)]).predict(op, models.open_folder(model, checkpoint), only)
     return found

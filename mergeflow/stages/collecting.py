@@ -400,6 +400,8 @@ class _Sight:
                 return flat
             if len(lead) > 2 and lead[:2] == mask.shape:
                 return x[mask].reshape(-1, x.shape[-1])
+            if lead[0] == 1 < len(mask):  # the same for all examples, such as vectors of relative positions
+                return flat
         return self._unknown(x, name)
 
     def _unknown(self, x: Tensor, name: str) -> Tensor:
@@ -684,17 +686,22 @@ def software() -> dict[str, str]:
 # Predicting
 
 
-def predict(op: StageOp, model: Path, only: tuple[str, ...] | None = None) -> Predicted:
+def predict(op: StageOp, folder: models.Folder, only: tuple[str, ...] | None = None) -> Predicted:
     """What a run would write, from a run of the model on the meta device: no weight is read and no data."""
     import torch
 
-    folder = models.open_folder(model)
     empty = models.empty_model(folder)
     names = naming.names_of(empty, naming.shapes(folder.checkpoint))
     collector = Collector(empty, names, kind_of(op), torch.float32, "meta")
-    with torch.no_grad():
-        everything = collector.learn(lambda: empty(**_placeholder(folder)))
-        collector.finish()
+    try:
+        with torch.no_grad(), _answering():
+            everything = collector.learn(lambda: empty(**_placeholder(folder)))
+    except (RuntimeError, NotImplementedError) as error:
+        raise InputError(
+            f"which layers of {folder.architecture} read what cannot be told from headers: {str(error)[:200]}",
+            where=str(folder.path),
+        ) from error
+    collector.finish()
     groups = chosen(everything, only)
     if not groups:
         raise none_chosen([group.name for group in everything], only)
@@ -707,6 +714,20 @@ def predict(op: StageOp, model: Path, only: tuple[str, ...] | None = None) -> Pr
         {weight: group.name for group in groups for weight in group.weights},
         skipped(collector.lost, only),
     )
+
+
+def _answering() -> Any:
+    """While this holds, a tensor without values answers 1, or true, where the model asks for a number: nothing is padded."""
+    import torch
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Answering(TorchDispatchMode):  # type: ignore[no-untyped-call]
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            if func is torch.ops.aten._local_scalar_dense.default and args[0].is_meta:
+                return torch.ones((), dtype=args[0].dtype).item()
+            return func(*args, **(kwargs or {}))
+
+    return Answering()  # type: ignore[no-untyped-call]
 
 
 def _placeholder(folder: models.Folder) -> dict[str, Tensor]:

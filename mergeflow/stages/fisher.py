@@ -661,9 +661,8 @@ def run(job: StageJob) -> None:
         _write(job, op, examples, found, placed)
 
 
-def predict(op: StageOp, model: Path, only: tuple[str, ...] | None = None) -> Predicted:
+def predict(op: StageOp, folder: models.Folder, only: tuple[str, ...] | None = None) -> Predicted:
     """What a run would write, from config.json and headers: a tensor in the shape of each parameter that is stored."""
-    folder = models.open_folder(model)
     _task(_checked(op), folder)
     empty = models.empty_model(folder)
     placed = _place(empty, naming.names_of(empty, naming.shapes(folder.checkpoint)), folder, only)

@@ -119,8 +119,8 @@ _OFFSET = ("roberta", "xlm-roberta", "camembert", "longformer", "xlm-roberta-xl"
 """Model types whose first position is that after the padding token's id, so that two positions are never used."""
 
 
-def open_folder(path: Path) -> Folder:
-    """The folder by its config.json and headers. Raises InputError."""
+def open_folder(path: Path, checkpoint: Checkpoint | None = None) -> Folder:
+    """The folder by its config.json and headers, unless `checkpoint` has these already. Raises InputError."""
     where = str(path / "config.json")
     try:
         config = json.loads((path / "config.json").read_bytes())
@@ -132,7 +132,7 @@ def open_folder(path: Path) -> Folder:
         raise InputError(f"cannot be read: {str(error)[:200]}", where=where) from None
     if not isinstance(config, dict):
         raise InputError("is not a JSON object", where=where)
-    return Folder(path, config, open_checkpoint(locate(str(path.resolve()), relative_to=path)))
+    return Folder(path, config, checkpoint or open_checkpoint(locate(str(path.resolve()), relative_to=path)))
 
 
 def transformers() -> Any:
@@ -267,6 +267,9 @@ def load_model(folder: Folder, device: str = "cpu") -> nn.Module:
             where=str(folder.path),
             fix="Take a model with all its weights: what is not there would be random.",
         )
+    for parameter in model.parameters():
+        # Out of the file's map: how a tensor lies in memory decides the last bits of a product, and a walk has it so.
+        parameter.data = parameter.data.clone()
     loaded: nn.Module = model.to(torch.device(device)).eval().requires_grad_(False)
     return loaded
 

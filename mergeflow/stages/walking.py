@@ -98,6 +98,8 @@ class Walker:
     outputs: _Outputs
     stack: str = field(init=False)
     blocks: Sequence[nn.Module] = field(init=False)
+    results: int | None = None
+    """How many values a block gives; None where it gives one that stands alone. Known once one has run."""
 
     def __post_init__(self) -> None:
         self.stack, self.blocks = stack_of(self.model, self.folder)
@@ -181,16 +183,20 @@ class Walker:
         return [name for name, _ in self.model.named_parameters() if name.startswith(prefix)]
 
     @contextlib.contextmanager
-    def _standing_in(self, at: int, work: Callable[..., Tensor]) -> Iterator[None]:
+    def _standing_in(self, at: int, work: Callable[..., Any]) -> Iterator[None]:
         """Blocks before `at` as the identity, and `work` in place of block `at`."""
         try:
             for block in self.blocks[:at]:
-                block.forward = _identity
+                block.forward = lambda *args, **kwargs: self._as_block(_first(args, kwargs))
             self.blocks[at].forward = work
             yield
         finally:
             for block in self.blocks:
                 block.__dict__.pop("forward", None)
+
+    def _as_block(self, output: Tensor) -> Any:
+        """An output in the form in which a block gives it."""
+        return output if self.results is None else (output, *[None] * (self.results - 1))
 
     def embed(self, batch: Batch) -> None:
         """Keep what the first block is given."""
@@ -211,6 +217,7 @@ class Walker:
         def work(*args: Any, **kwargs: Any) -> Tensor:
             args, kwargs = ((given, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": given})
             made = own(block, *args, **kwargs)
+            self.results = len(made) if isinstance(made, tuple) else None
             if final:
                 self.outputs.put(batch.number, made[0] if isinstance(made, tuple) else made)
             raise _Done
@@ -222,16 +229,12 @@ class Walker:
     def behind(self, batch: Batch, *, final: bool = True) -> None:
         """Run a batch through what comes after the blocks."""
         given = self.outputs.get(batch.number, self.device)
-        with self._standing_in(len(self.blocks) - 1, lambda *args, **kwargs: given):
+        with self._standing_in(len(self.blocks) - 1, lambda *args, **kwargs: self._as_block(given)):
             self._forward(batch, given)
 
     def _forward(self, batch: Batch, given: Tensor) -> None:
         inputs = {name: tensor for name, tensor in batch.inputs.items() if name != "input_ids"}
         self.model(**inputs, inputs_embeds=given, use_cache=False)
-
-
-def _identity(*args: Any, **kwargs: Any) -> Tensor:
-    return _first(args, kwargs)
 
 
 def _first(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
@@ -244,8 +247,12 @@ def stack_of(model: nn.Module, folder: models.Folder) -> tuple[str, Sequence[nn.
     from torch import nn
 
     total = sum(parameter.numel() for parameter in model.parameters())
-    table = getattr(model, "get_input_embeddings", lambda: None)()
-    if folder.task in ("causal", "classifier", "tokens", "encoder") and isinstance(table, nn.Embedding):
+    table = None
+    if folder.task in ("causal", "classifier", "tokens", "encoder"):
+        table = model.get_input_embeddings()  # type: ignore[operator]
+    # Vectors of a block stand in for those of tokens, so they must be as wide.
+    width = getattr(model.config, "hidden_size", None)
+    if isinstance(table, nn.Embedding) and table.embedding_dim == width:
         for name, module in model.named_modules():
             if isinstance(module, nn.ModuleList) and len(module) > 1:
                 inside = sum(parameter.numel() for parameter in module.parameters())
