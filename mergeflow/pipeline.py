@@ -37,7 +37,7 @@ from mergeflow.errors import (
     RecipeError,
     raise_all,
 )
-from mergeflow.graph import Apply, Plan, SideFile
+from mergeflow.graph import Apply, Plan, PlannedStage, SideFile
 from mergeflow.hub import is_local, locate
 from mergeflow.ops.statistics import StageOp
 from mergeflow.ops.unchanged import Unchanged
@@ -178,6 +178,10 @@ def plan(recipe: Recipe, *, out: str | Path | None = None, device: str = "cpu") 
         warnings=tuple(dict.fromkeys(warnings)),
         notes=notes,
         parts=parts,
+        stages=tuple(
+            PlannedStage(one.node.name, one.op.name, one.model, one.node.data, one.key, one.done)
+            for one in prepared.stages
+        ),
         digest=plan_digest(parts),
     )
 

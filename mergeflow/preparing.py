@@ -290,10 +290,11 @@ def _files_identity(checkpoint: Checkpoint) -> Any:
 
 
 def _data_identity(recipe: Recipe, node: Node, data: DataSource) -> Any:
-    """The grammar of the data and a digest of its bytes; of a hub's dataset its name and revision."""
+    """How the data is read, and a digest of its bytes and names; of a hub's dataset its name and revision."""
     said = data.model_dump(mode="json")
     if not is_local(data.path):
         return said
+    del said["path"]
     path = recipe.folder / Path(data.path).expanduser()
     where = recipe.where(("data", str(node.data)))
     digest = blake3()
@@ -304,7 +305,7 @@ def _data_identity(recipe: Recipe, node: Node, data: DataSource) -> Any:
             digest.update(blake3(max_threads=blake3.AUTO).update_mmap(file).digest())
     except OSError as error:
         fix = "Paths of data are relative to the recipe."
-        raise InputError(f"cannot read '{data.path}': {error.strerror}", where=where, fix=fix) from None
+        raise InputError(f"cannot read '{data.path}': {error.strerror or error}", where=where, fix=fix) from None
     return [said, digest.hexdigest()]
 
 
@@ -336,6 +337,8 @@ def _model_of(
         space = found.metadata.get(SPACE_KEY) or (source.space if source else None) or "weight"
         if isinstance(found, Adapter):
             space = "delta"
+        elif isinstance(found, Statistics):
+            space = "statistics"
         if source is not None and source.file is not None:
             raise RecipeError(
                 f"the stage '{stage.node.name}' runs a whole folder, and '{name}' names one file in it",
