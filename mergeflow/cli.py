@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 from mergeflow import __version__
-from mergeflow.errors import MergeflowError, Problems, RecipeError, printable, raise_all
+from mergeflow.errors import MergeflowError, Problems, RecipeError, did_you_mean, printable, raise_all
 
 if TYPE_CHECKING:
     from mergeflow.recipe import Recipe
@@ -280,11 +280,15 @@ def run(
             "resumed": result.resumed,
             "bytes_in": result.bytes_in,
             "bytes_out": result.bytes_out,
+            "stages": [{"node": node, "key": key, "in_cache": done} for node, key, done in result.stages],
             "seconds": {**result.seconds, "total": seconds},
             "warnings": list(result.warnings),
         }
         click.echo(json.dumps(data, indent=1))
-    elif not result.made:
+        return
+    for node, key, done in result.stages:
+        click.echo(f"{node}: {'found in the cache' if done else 'made'} ({key[:12]})")
+    if not result.made:
         click.echo(f"{result.path}: already made")
     else:
         again = f", {result.resumed} of them made before" if result.resumed else ""
@@ -366,6 +370,7 @@ def inspect(model: str, revision: str | None, subfolder: str | None, file: str |
     """
     from mergeflow.checkpoint import holds_adapter, open_checkpoint
     from mergeflow.checkpoint.adapter import open_adapter
+    from mergeflow.checkpoint.statistics import STATISTICS, open_statistics
     from mergeflow.hub import locate
     from mergeflow.inspecting import inspect_model, inspect_text
 
@@ -373,7 +378,10 @@ def inspect(model: str, revision: str | None, subfolder: str | None, file: str |
     path = f"./{model}" if os.path.exists(model) and not model.startswith(("/", "./", "../", "~")) else model
     folder = locate(path, revision=revision, subfolder=subfolder, relative_to=Path())
     adapter = file is None and holds_adapter(folder)
-    data = inspect_model(open_adapter(folder) if adapter else open_checkpoint(folder, file=file))
+    if folder.exists(STATISTICS) and file is None:
+        data = inspect_model(open_statistics(folder))
+    else:
+        data = inspect_model(open_adapter(folder) if adapter else open_checkpoint(folder, file=file))
     click.echo(json.dumps(data, indent=1) if as_json else inspect_text(data))
 
 
@@ -465,7 +473,11 @@ def cache_list(as_json: bool) -> None:
     for one in found:
         used = time.strftime("%Y-%m-%d %H:%M", time.localtime(one.used))
         click.echo(f"{one.key}  {size_text(one.size):>9}  {used}")
-    click.echo(f"{len(found)} artifacts, {size_text(sum(one.size for one in found))} in {store.root()}")
+    click.echo(f"{_artifacts(len(found))}, {size_text(sum(one.size for one in found))} in {store.root()}")
+
+
+def _artifacts(count: int) -> str:
+    return "1 artifact" if count == 1 else f"{count} artifacts"
 
 
 @cache.command("clear")
@@ -478,10 +490,15 @@ def cache_clear(keys: tuple[str, ...], older_than: float | None) -> None:
     from mergeflow import cache as store
     from mergeflow.reporting import size_text
 
+    there = [one.key for one in store.entries()]
+    for key in keys:
+        if key not in there:
+            fix = did_you_mean(key, there) or "`mergeflow cache list` shows all keys."
+            raise RecipeError(f"the cache has no artifact '{key}'", where="cache clear", fix=fix)
     gone = store.clear(
         older_than=None if older_than is None else older_than * 86400, keys=frozenset(keys) if keys else None
     )
-    click.echo(f"{len(gone)} artifacts deleted, {size_text(sum(one.size for one in gone))}")
+    click.echo(f"{_artifacts(len(gone))} deleted, {size_text(sum(one.size for one in gone))}")
 
 
 @commands.command()
@@ -560,6 +577,10 @@ class _Progress:
     def update(self, what: str, done: int, total: int) -> None:
         """Called from any thread: a race costs a count on the screen and nothing else."""
         if self.quiet:
+            return
+        if not done and not total:  # something to be told, and nothing to be counted
+            self.close()
+            self.say(what)
             return
         if (what, total) != (self.what, self.total):
             self.close()

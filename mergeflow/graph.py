@@ -189,13 +189,14 @@ class Stacked:
 
 
 @dataclass(frozen=True, slots=True)
-class StageNote:
-    """A stage that stands before the rows: its node, its op, the model it runs, and whether its artifact (`key`) is made."""
+class PlannedStage:
+    """A stage of a recipe: its node and op, the model or node that it runs, on what data, the key of its artifact in the
+    cache, and whether that is there (`done`)."""
 
     node: str
     op: str
     model: str
-    data: str
+    data: str | None
     key: str
     done: bool
 
@@ -205,8 +206,9 @@ class Plan:
     """Everything that headers can tell about a run.
 
     `recipe` is the resolved recipe; `models` are the opened checkpoints by the recipe's names; `spaces` says of each output
-    what its tensors are, `stacks` which of its numbered stacks `stack` made; `loads` are all tensors that rows read, once
-    each. `parts` are named digests of all that decides the result, `digest` a hex BLAKE3 over them.
+    what its tensors are, `stacks` which of its numbered stacks `stack` made; `stages` are what runs before any row, their
+    tensors foreseen where they have not run yet; `loads` are all tensors that rows read, once each. `parts` are named digests
+    of all that decides the result, `digest` a hex BLAKE3 over them.
     """
 
     name: str
@@ -221,9 +223,9 @@ class Plan:
     notes: tuple[str, ...] = ()
     digest: str = ""
     parts: Mapping[str, str] = field(default_factory=dict)
-    stages: tuple[StageNote, ...] = ()
     spaces: Mapping[str, str] = field(default_factory=dict)
     stacks: Mapping[str, tuple[Stacked, ...]] = field(default_factory=dict)
+    stages: tuple[PlannedStage, ...] = ()
 
     @property
     def bytes_in(self) -> int:

@@ -15,6 +15,7 @@ from typing import Any
 
 from mergeflow.checkpoint import Checkpoint, StoredTensor
 from mergeflow.checkpoint.adapter import Adapter
+from mergeflow.checkpoint.statistics import Statistics
 from mergeflow.errors import InputError, printable
 from mergeflow.planning import EMBEDDINGS, HEADS, QUANTISED, SPACE_KEY
 from mergeflow.publishing import MANIFEST
@@ -22,6 +23,8 @@ from mergeflow.settings import places
 
 LONGEST_WORD = 200
 WIDEST_NAME = 72
+ENOUGH = 4
+"""Tokens for each dimension of a Gram, below which it says little about the directions that inputs hardly take."""
 MOST_NUMBERS = 3
 """Numbers of a name that are folded, from the left: layer, expert and one more; a hostile name has hundreds."""
 
@@ -42,6 +45,7 @@ def inspect_model(checkpoint: Checkpoint) -> dict[str, Any]:
         "size": sum(file.size for file in checkpoint.files.values()),
         "space": "delta" if isinstance(checkpoint, Adapter) else checkpoint.metadata.get(SPACE_KEY, "weight"),
         "adapter": checkpoint.facts if isinstance(checkpoint, Adapter) else None,
+        "statistics": _statistics(checkpoint) if isinstance(checkpoint, Statistics) else None,
         "architectures": [str(name) for name in architectures] if isinstance(architectures, list) else [],
         "model_type": model_type if isinstance(model_type, str) else None,
         "count": len(tensors),
@@ -131,6 +135,32 @@ def _made(checkpoint: Checkpoint) -> dict[str, Any] | None:
     }
 
 
+def _statistics(checkpoint: Statistics) -> dict[str, Any]:
+    """What statistics.json says was collected: of each group the weights that read it, its dimension and its tokens."""
+    facts = checkpoint.facts
+    weights: dict[str, list[str]] = {}
+    for weight, group in facts.groups.items():
+        weights.setdefault(group, []).append(weight)
+    return {
+        "kind": facts.kind,
+        "codec": facts.codec,
+        "op": facts.op.model_dump(mode="json"),
+        "model": facts.model.model_dump(mode="json"),
+        "only": list(facts.only) if facts.only is not None else None,
+        "n_examples": facts.n_examples,
+        "n_tokens": facts.n_tokens,
+        "groups": {
+            group: {
+                "weights": names,
+                "dimension": checkpoint.dimension(names[0]),
+                "n_tokens": checkpoint.n_tokens(names[0]),
+            }
+            for group, names in weights.items()
+        },
+        "skipped": dict(facts.skipped),
+    }
+
+
 def _from_config(config: Mapping[str, Any], key: str) -> Any:
     """A key of config.json, or of its text_config."""
     inner = config.get("text_config")
@@ -163,11 +193,12 @@ def _facts(data: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         for stack in data["stacks"]
     ]
     yield "layers", ", ".join(stacks[:8]) + (f" and {len(stacks) - 8} more stacks" if len(stacks) > 8 else "")
-    if data["adapter"] is None:
+    if data["adapter"] is None and data["statistics"] is None:
         yield "vocabulary", _vocabulary_text(data["vocabulary"])
         yield "tied head", _tied_text(data["tied"], data["vocabulary"])
     yield "space", _plain(data["space"])
     yield from _adapter_facts(data["adapter"])
+    yield from _statistics_facts(data["statistics"])
     yield "quantised", f"yes: {_plain(data['quantised'])}" if data["quantised"] else ""
     for key, value in data["metadata"].items():
         yield "metadata", f"{_plain(key)}: {_plain(value)}"
@@ -189,6 +220,47 @@ def _adapter_facts(adapter: Mapping[str, Any] | None) -> Iterator[tuple[str, str
     yield "changes", f"{adapter['changes']:,} tensors of its base"
     yield "whole weights", f"{', '.join(saved[:3])}{more}"
     yield "made for", _plain(adapter["base"] or "")
+
+
+def _statistics_facts(told: Mapping[str, Any] | None) -> Iterator[tuple[str, str]]:
+    """What was collected, of which model, and how far it can be trusted."""
+    if told is None:
+        return
+    model, groups, skipped = told["model"], told["groups"], told["skipped"]
+    only = f", only {_plain(', '.join(told['only']))}" if told["only"] else ""
+    yield "statistics", f"{told['kind']}, codec {told['codec']}{only}"
+    revision = f"@{_plain(model['revision'])}" if model["revision"] else ""
+    yield (
+        "collected on",
+        f"{_plain(model['source'])}{revision} ({_plain(model['digest'][:12])})" if model["source"] else "",
+    )
+    yield "tokens", f"{told['n_tokens']:,} of {told['n_examples']:,} examples"
+    if groups:
+        count = sum(len(one["weights"]) for one in groups.values())
+        widest = max(one["dimension"] for one in groups.values())
+        yield "groups", f"{len(groups):,} inputs of {count:,} weights, of up to {widest:,} dimensions"
+    yield "skipped", f"{len(skipped):,} weights, e.g. {_plain(next(iter(skipped.items())))}" if skipped else ""
+    if told["kind"] == "gram" and told["codec"] != "diagonal":
+        yield "conditioning", _conditioning(groups)
+
+
+def _conditioning(groups: Mapping[str, Mapping[str, Any]]) -> str:
+    """How many tokens each dimension of a Gram has: with few, the directions that inputs hardly take are noise.
+
+    n / (n + d) is the alpha that shrinks a second moment of n tokens in d dimensions as far as its own noise asks for.
+    """
+    if not groups:
+        return ""
+    scarce = {name: one for name, one in groups.items() if one["n_tokens"] < ENOUGH * one["dimension"]}
+    if not scarce:
+        least = min(one["n_tokens"] / max(one["dimension"], 1) for one in groups.values())
+        return f"good: {least:,.3g} tokens or more for each dimension"
+    name, worst = min(scarce.items(), key=lambda item: item[1]["n_tokens"] / item[1]["dimension"])
+    n, d = worst["n_tokens"], worst["dimension"]
+    return (
+        f"poor in {len(scarce):,} of {len(groups):,} groups: {n:,} tokens for {d:,} dimensions in {_plain(name)}; "
+        f"use alpha of {n / (n + d):.2f} or less, or collect on {ENOUGH * d:,} tokens"
+    )
 
 
 def _vocabulary_text(vocabulary: Mapping[str, Any]) -> str:

@@ -37,7 +37,7 @@ from mergeflow.errors import (
     RecipeError,
     raise_all,
 )
-from mergeflow.graph import Apply, Plan, SideFile
+from mergeflow.graph import Apply, Plan, PlannedStage, SideFile
 from mergeflow.hub import is_local, locate
 from mergeflow.ops.statistics import StageOp
 from mergeflow.ops.unchanged import Unchanged
@@ -119,13 +119,14 @@ def open_models(recipe: Recipe) -> dict[str, Checkpoint]:
 
 
 @_no_collection()
-def plan(recipe: Recipe, *, out: str | Path | None = None) -> Plan:
+def plan(recipe: Recipe, *, out: str | Path | None = None, device: str = "cpu") -> Plan:
     """Everything headers can tell about a run of the recipe; no weight is read.
 
-    With `out` the written recipe's local paths are relative to it. Raises every problem found, together.
+    With `out` the written recipe's local paths are relative to it. `device` is where its stages run. Raises every problem found,
+    together.
     """
     opened = open_models(recipe)
-    prepared = prepare(recipe, opened)
+    prepared = prepare(recipe, opened, foresee=_foresee(device), device=device)
     models = {**opened, **prepared.artifacts}
     recipe = prepared.recipe
     made = make_plan(recipe, {name: models[name] for name in needed_models(recipe)})
@@ -173,13 +174,21 @@ def plan(recipe: Recipe, *, out: str | Path | None = None) -> Plan:
     parts = {**made.parts, "the files beside the weights": _digest_beside(files, made.models)}
     return replace(
         made,
-        stages=tuple(stage.note for stage in prepared.stages),
         side_files=tuple(files),
         warnings=tuple(dict.fromkeys(warnings)),
         notes=notes,
         parts=parts,
+        stages=tuple(
+            PlannedStage(one.node.name, one.op.name, one.model, one.node.data, one.key, one.done)
+            for one in prepared.stages
+        ),
         digest=plan_digest(parts),
     )
+
+
+def _foresee(device: str) -> Callable[[Recipe], Plan]:
+    """The plan of a recipe, for what its stages run."""
+    return lambda asked: plan(asked, device=device)
 
 
 def _digest_beside(files: list[SideFile], models: Mapping[str, Checkpoint]) -> str:
@@ -221,10 +230,14 @@ def _portable(recipe: Recipe, out: Path, key: str) -> str:
         return relative if relative.startswith("../") else f"./{relative}"
 
     sections: dict[str, dict[str, Any]] = {}
-    for section, sources in (("models", recipe.models), ("artifacts", recipe.artifacts)):
+    locations = {
+        "models": {name: source.location for name, source in recipe.models.items()},
+        "artifacts": {name: source.location for name, source in recipe.artifacts.items()},
+        "data": {name: source.path for name, source in recipe.data.items()},
+    }
+    for section, sources in locations.items():
         for name, given in recipe.resolved.get(section, {}).items():
-            source = sources[name]
-            path, key = seen(source.location), "adapter" if isinstance(given, dict) and "adapter" in given else "path"
+            path, key = seen(sources[name]), "adapter" if isinstance(given, dict) and "adapter" in given else "path"
             sections.setdefault(section, {})[name] = {**given, key: path} if isinstance(given, dict) else path
     return dump_yaml({**recipe.resolved, **sections})
 
@@ -252,12 +265,13 @@ def run(
     target = Path(out) if out is not None else Path(recipe.name)
     repair(target)
     stages = _run_stages(recipe, device, threads, memory, progress)
+    told = tuple((stage.node.name, stage.key, stage.done) for stage in stages)
     clock.lap("stages")
-    made = plan(recipe, out=target)
+    made = plan(recipe, out=target, device=device)
     stamps = _stamps(made)
     clock.lap("plan")
     if not fresh and finished_digest(target) == made.digest:
-        return Result(target, made.digest, made=False, rows=len(made.rows), warnings=made.warnings)
+        return Result(target, made.digest, made=False, rows=len(made.rows), warnings=made.warnings, stages=told)
     _check_target(made, target, force)
     planned(made)
     budget = Budget.of(made, memory, threads)
@@ -316,7 +330,7 @@ def run(
         bytes_out=report.bytes_out,
         seconds={**clock.laps, **{f"threads.{key}": value for key, value in report.seconds.items()}},
         warnings=made.warnings,
-        stages=tuple((stage.node.name, stage.key, stage.done) for stage in stages),
+        stages=told,
     )
 
 
@@ -328,6 +342,12 @@ def _run_stages(
         return ()
     from mergeflow.executing import threads_for
 
+    foresee = _foresee(device)
+    opened = open_models(recipe)
+    found = prepare(recipe, opened, foresee=foresee, device=device).stages
+    if all(stage.done for stage in found):
+        return found
+    plan(recipe, device=device)  # What headers can show is said before hours of collecting, not after.
     with _signals() as stop:
 
         def materialise(asked: Recipe, node: str, folder: Path) -> None:
@@ -336,7 +356,8 @@ def _run_stages(
         runner = Runner(
             device, threads_for(threads), memory or max(total_memory() // 4, LEAST_MEMORY), stop, progress, materialise
         )
-        return prepare(recipe, open_models(recipe), device=device, make=runner.make).stages
+        prepare(recipe, opened, foresee=foresee, device=device, make=runner.make)
+    return found
 
 
 def _check_target(made: Plan, target: Path, force: bool) -> None:

@@ -9,8 +9,10 @@ yet gives the headers of what it would make.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
+import tempfile
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -22,21 +24,31 @@ from blake3 import blake3
 
 from mergeflow import cache
 from mergeflow.checkpoint import SINGLE, Checkpoint, StoredTensor, WeightFile, open_checkpoint
+from mergeflow.checkpoint.adapter import Adapter
 from mergeflow.checkpoint.sources import Zeros
 from mergeflow.checkpoint.statistics import Facts, ModelNote, Statistics, marks, open_statistics
 from mergeflow.checkpoint.statistics import StageOp as OpNote
 from mergeflow.digests import PIECE, tensor_digest
 from mergeflow.dtypes import BY_NAME
-from mergeflow.errors import InputError, Interrupted, MergeflowError, RecipeError, did_you_mean
-from mergeflow.graph import Made, Row, Shard, StageNote
+from mergeflow.errors import (
+    ClaimedError,
+    InputError,
+    Interrupted,
+    MachineError,
+    MergeflowError,
+    RecipeError,
+    did_you_mean,
+)
+from mergeflow.graph import Made, Plan, Row, Shard
 from mergeflow.hub import LocalFolder, is_local, locate
 from mergeflow.layout import Tensor as PlacedTensor
 from mergeflow.layout import lay_out
 from mergeflow.ops import op_named
 from mergeflow.ops.statistics import StageOp
-from mergeflow.planning import references
+from mergeflow.planning import SPACE_KEY, references
 from mergeflow.recipe import ArtifactSource, DataSource, Node, Recipe
-from mergeflow.writing import MANIFEST, Staging, finished_digest
+from mergeflow.writing import MANIFEST, Staging, finished_digest, repair
+from mergeflow.writing.claim import Claim
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -59,11 +71,6 @@ class Stage:
     def path(self) -> Path:
         """Where the artifact lies, or will."""
         return cache.artifact_path(self.key)
-
-    @property
-    def note(self) -> StageNote:
-        """What a plan says of it."""
-        return StageNote(self.node.name, self.op.name, self.model, self.node.data or "", self.key, self.done)
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,32 +126,41 @@ Materialise = Callable[[Recipe, str, Path], None]
 """Writes the model that a node gives to a folder, as an output of its own."""
 
 
+Foresee = Callable[[Recipe], Plan]
+"""Plans a recipe from headers, its own stages foreseen where they have not run."""
+
+
 def prepare(
     recipe: Recipe,
     opened: Mapping[str, Checkpoint],
     *,
+    foresee: Foresee,
     device: str = "cpu",
     make: Callable[[Stage, Recipe], None] | None = None,
 ) -> Prepared:
     """A recipe with an artifact in the place of each stage that its outputs ask for.
 
     `opened` are the checkpoints of its models. With `make` each stage whose artifact is not in the cache is made by it; without,
-    its headers are foreseen.
+    its headers are foreseen. Raises RecipeError for a stage of what is no whole model, InputError for data that cannot be read.
     """
     stages: list[Stage] = []
     artifacts: dict[str, Checkpoint] = {}
+    known: dict[str, str] = {}
     for node in _in_order(recipe):
-        stage = _stage(recipe, node, opened, artifacts, device)
-        if not stage.done and make is not None:
-            make(
-                stage,
-                recipe.with_artifacts(
-                    {name: ArtifactSource(path=str(one.folder.label)) for name, one in artifacts.items()}
-                ),
-            )
-            stage = _stage(recipe, node, opened, artifacts, device)
+        stage = _stage(recipe, node, opened, known, device)
+        known[node.name] = stage.key
+        opened_one: Statistics | None = None
+        if not stage.done:
+            model = _model_of(recipe, stage, opened, artifacts, foresee)
+            if make is None:
+                opened_one = _foreseen(recipe, stage, model)
+            else:
+                make(
+                    stage, recipe.with_artifacts({one.node.name: ArtifactSource(path=str(one.path)) for one in stages})
+                )
+                _check_unchanged(recipe, stage, opened, known, device)
         stages.append(stage)
-        artifacts[node.name] = _opened(stage) if stage.done else _foreseen(stage, opened)
+        artifacts[node.name] = opened_one or _opened(recipe, stage)
     if not stages:
         return Prepared(recipe)
     sources = {stage.node.name: ArtifactSource(path=str(stage.path)) for stage in stages}
@@ -168,8 +184,9 @@ def _in_order(recipe: Recipe) -> Iterator[Node]:
 
 
 def _stage(
-    recipe: Recipe, node: Node, opened: Mapping[str, Checkpoint], artifacts: Mapping[str, Checkpoint], device: str
+    recipe: Recipe, node: Node, opened: Mapping[str, Checkpoint], known: Mapping[str, str], device: str
 ) -> Stage:
+    """A stage with its key; `known` are the keys of the stages before it."""
     assert isinstance(node.op, StageOp)
     model = node.inputs[0].model
     data = recipe.data.get(node.data) if node.data else None
@@ -180,37 +197,104 @@ def _stage(
             "parameters": node.op.model_dump(mode="json"),
             "only": node.only,
             "seed": recipe.seed if node.seed is None else node.seed,
-            "model": _model_identity(recipe, model, opened, artifacts),
+            "model": _identity(recipe, model, opened, dict(known)),
             "data": _data_identity(recipe, node, data) if data else None,
             "device": device.partition(":")[0],
         }
     )
-    return Stage(node, node.op, model, data, key, done=finished_digest(cache.artifact_path(key)) is not None)
+    path = cache.artifact_path(key)
+    repair(path)
+    return Stage(node, node.op, model, data, key, done=finished_digest(path) is not None)
 
 
-def _model_identity(
-    recipe: Recipe, name: str, opened: Mapping[str, Checkpoint], artifacts: Mapping[str, Checkpoint]
-) -> Any:
-    """What a model or node is made of: of a checkpoint its files, of a node its part of the recipe and what is below."""
+def _check_unchanged(
+    recipe: Recipe, stage: Stage, opened: Mapping[str, Checkpoint], known: Mapping[str, str], device: str
+) -> None:
+    """What was made must be what the key says: an artifact of a model or data that changed meanwhile is taken back."""
+    before = {name: key for name, key in known.items() if name != stage.node.name}
+    if _stage(recipe, stage.node, opened, before, device).key != stage.key:
+        cache.clear(keys=frozenset({stage.key}))
+        raise InputError(
+            "its model or data changed while it ran", where=recipe.where(stage.node.path), fix="Run it again."
+        )
+
+
+def _identity(recipe: Recipe, name: str, opened: Mapping[str, Checkpoint], known: dict[str, str]) -> str:
+    """A digest of all that decides the tensors of a model or node, and not of what a recipe calls it.
+
+    `known` are digests by name, and grows. A node's draws depend on names (mergeflow.ops.draws), and so does its digest then.
+    """
+    found = known.get(name)
+    if found is not None:
+        return found
     if name in opened:
-        checkpoint = opened[name]
-        return [
-            (file.name, file.size, file.header_digest, checkpoint.stamp(file.name))
-            for file in checkpoint.files.values()
-        ] + [checkpoint.config]
-    if name in artifacts:
-        return artifacts[name].folder.revision
-    below = sorted(references(recipe, [name]))
-    nodes = {one: recipe.resolved["nodes"].get(one.partition(".")[0]) for one in below if one in recipe.nodes}
-    leaves = {one: _model_identity(recipe, one, opened, artifacts) for one in below if one not in recipe.nodes}
-    return [nodes, leaves, recipe.seed]
+        source = recipe.models.get(name)
+        told: Any = [
+            _files_identity(opened[name]),
+            source.model_dump(mode="json", include={"only", "rename", "space"}) if source else None,
+        ]
+    else:
+        node = recipe.nodes[name]
+        names = [one.model for one in node.inputs]
+        parameters = node.op.model_dump(mode="json")
+        seed = [recipe.seed, node.name] if node.seed is None else [node.seed]
+        told = {
+            "op": node.op.name,
+            "parameters": parameters,
+            "inputs": [
+                [
+                    _identity(recipe, one.model, opened, known),
+                    _identity(recipe, one.base, opened, known) if one.base else None,
+                    {key: _identity(recipe, other, opened, known) for key, other in sorted(one.keys.items())},
+                ]
+                for one in node.inputs
+            ],
+            "others": [
+                _identity(recipe, one, opened, known) if one else None for one in (node.base, node.others, node.rest)
+            ],
+            "words": _plain([node.rules, node.takes, node.only, node.missing, node.mismatch, node.extra, node.vocab]),
+            "averaged": node.only is not None and node.others is None,
+            "draws": [seed, names] if node.op.draws else None,
+            # A parameter may name an input.
+            "names": names if any(value in names for value in parameters.values() if isinstance(value, str)) else None,
+        }
+    found = known[name] = cache.artifact_key({"of": told})
+    return found
+
+
+def _plain(value: Any) -> Any:
+    """A node's words as plain data: settings by rules and gradients are models of pydantic."""
+    if isinstance(value, list | tuple):
+        return [_plain(one) for one in value]
+    return value.model_dump(mode="json") if hasattr(value, "model_dump") else value
+
+
+BESIDE = (".json", ".txt", ".model", ".jinja", ".tiktoken")
+"""Files beside the weights that may decide what a model is given to read: config, tokenizer, template, preprocessor."""
+
+
+def _files_identity(checkpoint: Checkpoint) -> Any:
+    """Weight files by header and stamp; what stands beside them by its bytes, or of a hub by its commit."""
+    folder = checkpoint.folder
+    weights = [
+        [file.name, file.size, file.header_digest, checkpoint.stamp(file.name)] for file in checkpoint.files.values()
+    ]
+    if folder.revision is not None:
+        return [weights, folder.revision]
+    beside = [
+        [name, blake3(folder.read(name)).hexdigest()]
+        for name in sorted(folder.names())
+        if "/" not in name and name.endswith(BESIDE) and name != MANIFEST
+    ]
+    return [weights, beside]
 
 
 def _data_identity(recipe: Recipe, node: Node, data: DataSource) -> Any:
-    """The grammar of the data and a digest of its bytes; of a hub's dataset its name and revision."""
+    """How the data is read, and a digest of its bytes and names; of a hub's dataset its name and revision."""
     said = data.model_dump(mode="json")
     if not is_local(data.path):
         return said
+    del said["path"]
     path = recipe.folder / Path(data.path).expanduser()
     where = recipe.where(("data", str(node.data)))
     digest = blake3()
@@ -221,30 +305,62 @@ def _data_identity(recipe: Recipe, node: Node, data: DataSource) -> Any:
             digest.update(blake3(max_threads=blake3.AUTO).update_mmap(file).digest())
     except OSError as error:
         fix = "Paths of data are relative to the recipe."
-        raise InputError(f"cannot read '{data.path}': {error.strerror}", where=where, fix=fix) from None
+        raise InputError(f"cannot read '{data.path}': {error.strerror or error}", where=where, fix=fix) from None
     return [said, digest.hexdigest()]
 
 
-def _opened(stage: Stage) -> Statistics:
+def _opened(recipe: Recipe, stage: Stage) -> Statistics:
     cache.mark_used(stage.path)
-    return open_statistics(CachedFolder(f"stage {stage.node.name}", stage.path, key=stage.key))
+    try:
+        return open_statistics(CachedFolder(f"stage {stage.node.name}", stage.path, key=stage.key))
+    except MergeflowError as error:
+        error.fix = f"It lies in the cache and is damaged: `mergeflow cache clear {stage.key}`."
+        raise error.placed(recipe.where(stage.node.path)) from None
 
 
-def _foreseen(stage: Stage, opened: Mapping[str, Checkpoint]) -> Statistics:
+def _model_of(
+    recipe: Recipe,
+    stage: Stage,
+    opened: Mapping[str, Checkpoint],
+    artifacts: Mapping[str, Checkpoint],
+    foresee: Foresee,
+) -> Checkpoint | Plan:
+    """The model that a stage runs: of a node its plan. Raises RecipeError where that is no whole model."""
+    name = stage.model
+    found: Checkpoint | Plan
+    if name in recipe.nodes and name not in artifacts:
+        found = foresee(recipe.giving(name))
+        space = found.spaces[""]
+    else:
+        found = opened[name] if name in opened else artifacts[name]
+        source = recipe.models.get(name)
+        space = found.metadata.get(SPACE_KEY) or (source.space if source else None) or "weight"
+        if isinstance(found, Adapter):
+            space = "delta"
+        elif isinstance(found, Statistics):
+            space = "statistics"
+        if source is not None and source.file is not None:
+            raise RecipeError(
+                f"the stage '{stage.node.name}' runs a whole folder, and '{name}' names one file in it",
+                where=recipe.where(("models", name, "file")),
+                fix="Name a folder that holds this model alone.",
+            )
+    try:
+        stage.op.space(None, (space,))  # type: ignore[arg-type]
+    except RecipeError as error:
+        raise error.placed(recipe.where((*stage.node.path, "model"))) from None
+    return found
+
+
+def _foreseen(recipe: Recipe, stage: Stage, model: Checkpoint | Plan) -> Statistics:
     """The headers that a stage would make, from its model's config and headers."""
     from mergeflow.stages import predict
 
-    checkpoint = opened.get(stage.model)
-    if checkpoint is None:
-        raise RecipeError(
-            f"the stage '{stage.node.name}' runs a node, and what it collects is known once it has run",
-            fix="Run the recipe: plans foresee the stages of models.",
-        )
-    wanted = [name for name in checkpoint.folder.names() if "/" not in name and name.endswith(".json")]
-    folder = next(
-        iter(checkpoint.folder.local(["config.json"] if "config.json" in wanted else wanted[:1]).values())
-    ).parent
-    found = predict(stage.op, folder, stage.node.only)
+    try:
+        with _skeleton(model) as folder:
+            found = predict(stage.op, folder, stage.node.only)
+    except MergeflowError as error:
+        raise error.placed(recipe.where(stage.node.path)) from None
     tensors = {}
     for name, (dtype, shape) in found.tensors.items():
         kind = BY_NAME[dtype]
@@ -263,6 +379,41 @@ def _foreseen(stage: Stage, opened: Mapping[str, Checkpoint]) -> Statistics:
     return Statistics(folder_of, tensors, {SINGLE: WeightFile(SINGLE, 0, "")}, None, {}, facts, "")
 
 
+@contextlib.contextmanager
+def _skeleton(model: Checkpoint | Plan) -> Iterator[Path]:
+    """A folder with a model's config and headers; its weights are holes in files, where they are not on this machine yet."""
+    if isinstance(model, Checkpoint) and isinstance(model.folder, LocalFolder):
+        yield model.folder.root
+        return
+    with tempfile.TemporaryDirectory(prefix="mergeflow-") as made:
+        path = Path(made)
+        if isinstance(model, Checkpoint):
+            folder = model.folder
+            for file in model.files.values():
+                length = 8 + int.from_bytes(folder.read_range(file.name, 0, 8), "little")
+                _hollow(path / file.name, folder.read_range(file.name, 0, length), file.size)
+            for name in folder.names():
+                if name == "config.json" or name.endswith(".index.json"):
+                    (path / name).write_bytes(folder.read(name))
+        else:
+            for shard in model.shards:
+                _hollow(path / shard.file, shard.header, shard.size)
+            for beside in model.side_files:
+                if beside.file == "config.json" or beside.file.endswith(".index.json"):
+                    content = beside.content
+                    if content is None:
+                        content = model.models[beside.model].folder.read(beside.name)
+                    (path / beside.file).write_bytes(content)
+        yield path
+
+
+def _hollow(path: Path, header: bytes, size: int) -> None:
+    """A safetensors file of a header and a hole."""
+    with path.open("wb") as file:
+        file.write(header)
+        file.truncate(size)
+
+
 # Making
 
 
@@ -278,11 +429,50 @@ class Runner:
     materialise: Materialise
 
     def make(self, stage: Stage, recipe: Recipe) -> None:
-        """Run a stage and put its artifact into the cache. Raises what the stage raises, and leaves nothing half-made."""
+        """Run a stage and put its artifact into the cache. Raises what the stage raises, and leaves nothing half-made.
+
+        Where another live run makes the same artifact, this one waits for it.
+        """
+        work = cache.work_path(stage.key)
+        try:
+            work.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise MachineError(f"cannot be made: {error.strerror}", where=str(work.parent)) from None
+        claim = self._claim(stage, work)
+        lost: list[MergeflowError] = []
+
+        def taken(error: MergeflowError) -> None:
+            lost.append(error)
+            self.stop.set()
+
+        try:
+            claim.beat(taken)
+            if finished_digest(stage.path) is None:
+                self._make(stage, recipe, work)
+            shutil.rmtree(work, ignore_errors=True)
+        except MergeflowError as error:
+            if lost:
+                raise lost[0] from None
+            if not isinstance(error, Interrupted | MachineError):
+                # The same inputs would end here again.
+                shutil.rmtree(work, ignore_errors=True)
+            raise error.placed(recipe.where(stage.node.path)) from None
+        finally:
+            claim.release()
+
+    def _claim(self, stage: Stage, work: Path) -> Claim:
+        """The right to make an artifact, once no other run holds it."""
+        while True:
+            try:
+                return Claim.take(work, stage.path)
+            except ClaimedError:
+                self.progress("wait", 0, 0)
+                if self.stop.wait(WAIT_SECONDS):
+                    raise Interrupted("stopped") from None
+
+    def _make(self, stage: Stage, recipe: Recipe, work: Path) -> None:
         from mergeflow.stages import StageJob, run_stage
 
-        work = cache.work_path(stage.key)
-        work.mkdir(parents=True, exist_ok=True)
         folder, checkpoint = self._model(stage, recipe, work)
         source = {
             "digest": _digest_of(checkpoint, self.stop, self.progress),
@@ -296,7 +486,7 @@ class Runner:
             source=source,
             data=stage.data,
             folder=recipe.folder,
-            work=work,
+            work=work / "stage",
             write=lambda tensors, files, metadata: write_artifact(
                 stage.path, stage.key, tensors, files, metadata, self.stop
             ),
@@ -308,11 +498,8 @@ class Runner:
             progress=self.progress,
             stop=self.stop,
         )
-        try:
-            run_stage(job)
-        except MergeflowError as error:
-            raise error.placed(recipe.where(stage.node.path)) from None
-        shutil.rmtree(work, ignore_errors=True)
+        job.work.mkdir(exist_ok=True)
+        run_stage(job)
 
     def _model(self, stage: Stage, recipe: Recipe, work: Path) -> tuple[Path, Checkpoint]:
         """The local folder of the model that a stage runs, a node's written out first, and its headers."""
@@ -332,7 +519,10 @@ class Runner:
         return made, open_checkpoint(LocalFolder(str(made), made))
 
 
-SKIPPED = (".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".onnx", ".py")
+WAIT_SECONDS = 0.5
+"""Between looks at whether another run has made an artifact."""
+
+SKIPPED = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".onnx", ".py")
 """Files of a repository that no stage reads."""
 
 

@@ -98,10 +98,12 @@ def plan_text(data: Mapping[str, Any], out: Path) -> str:
         f"  {m['source']}{_adapter_text(m['adapter'])}"
         for name, m in data["models"].items()
     ]
-    for stage in data["stages"]:
-        state = "in the cache" if stage["done"] else "to be run"
-        on = f" on {stage['data']}" if stage["data"] else ""
-        lines.append(f"  stage    {stage['node']:<16} {stage['op']} of {stage['model']}{on}, {state}")
+    lines += [""] * bool(data["stages"])
+    lines += [
+        f"  {'in cache' if stage['done'] else 'runs':<8} {stage['node']:<16} {stage['op']} of {stage['model']}"
+        f"{' on ' + stage['data'] if stage['data'] else ''}  {stage['key'][:12]}"
+        for stage in data["stages"]
+    ]
     kinds: dict[str, list[str]] = {}
     for row in data["rows"]:
         kinds.setdefault(row["expression"].split("(")[0] if "(" in row["expression"] else "as it is", []).append(
@@ -146,13 +148,16 @@ def size_text(count: float) -> str:
 
 
 def mermaid(recipe: Recipe) -> str:
-    """The recipe's graph in mermaid's words: models, nodes and outputs, with an op's settings on its node."""
+    """The recipe's graph in mermaid's words: models, data, nodes and outputs, with an op's settings on its node."""
     ids = {name: f"n{index}" for index, name in enumerate([*recipe.models, *recipe.artifacts, *recipe.nodes])}
+    data_ids = {name: f"d{index}" for index, name in enumerate(recipe.data)}
     lines = ["graph LR"]
     sources = {name: one.location for name, one in recipe.models.items()}
     sources |= {name: one.location for name, one in recipe.artifacts.items()}
     for name, path in sources.items():
         lines.append(f'  {ids[name]}[("{_label(name, path)}")]')
+    for name, source in recipe.data.items():
+        lines.append(f'  {data_ids[name]}[/"{_label(name, source.path)}"/]')
     for name, node in recipe.nodes.items():
         lines.append(f'  {ids[name]}["{_label(name, node.op.name, *_settings(node))}"]')
     for name, node in recipe.nodes.items():
@@ -163,6 +168,9 @@ def mermaid(recipe: Recipe) -> str:
                 first, last = node.takes[index]
                 words = f'|"{first if first == last else f"{first}-{last}"}"|'
             lines.append(f"  {ids[one.model]} -->{words} {ids[name]}")
+            lines += [f"  {ids[other]} -. {word} .-> {ids[name]}" for word, other in one.keys.items()]
+        if node.data:
+            lines.append(f"  {data_ids[node.data]} -. data .-> {ids[name]}")
         for word, other in (("base", node.base), ("others", node.others), ("rest", node.rest)):
             if other:
                 lines.append(f"  {ids[other]} -. {word} .-> {ids[name]}")

@@ -32,6 +32,7 @@ from mergeflow.recipe import (
     NAME,
     RECIPE_NAME,
     ArtifactSource,
+    DataSource,
     ModelSource,
     OthersModel,
     OutputSection,
@@ -109,6 +110,12 @@ def recipe_schema(ops: Iterable[type[Op]] | None = None) -> Schema:
             "propertyNames": {"pattern": NAME},
             "additionalProperties": {"anyOf": [{"type": "string", "minLength": 1}, _ref("artifact")]},
             "description": "What runs made that is no model, by the names that the recipe calls it.",
+        },
+        "data": {
+            "type": ["object", "null"],
+            "propertyNames": {"pattern": NAME},
+            "additionalProperties": {"anyOf": [{"type": "string", "minLength": 1}, _ref("data")]},
+            "description": "What stages run models on, by the names that the recipe calls it.",
         },
         "nodes": {**nodes, "description": "The graph: each node is an op with its inputs, which are models or nodes."},
         "output": {**output, "description": "What is written; default: the one node that no other node uses."},
@@ -214,6 +221,7 @@ def _definitions(ops: Sequence[type[Op]]) -> dict[str, Schema]:
     names: dict[type[BaseModel], str] = {
         ModelSource: "model",
         ArtifactSource: "artifact",
+        DataSource: "data",
         OutputSection: "output",
         OthersModel: "others.model",
         SelectRule: "rule.select",
@@ -236,6 +244,7 @@ def _definitions(ops: Sequence[type[Op]]) -> dict[str, Schema]:
         _open_references(sections[name])
     _open_model(sections["model"])
     _open_model(sections["artifact"])
+    _open_words(sections["data"], ("split", "revision", "text", "label", "template", "messages", "features"))
     for name in (f"input.{op.name}" for op in ops if op.takes == "layers"):
         own = sections[name]["properties"]["take"]
         words = {"type": ["integer", "string"], "minimum": 0, "pattern": f"{TAKE}|{VARIABLE}"}
@@ -253,7 +262,7 @@ def _definitions(ops: Sequence[type[Op]]) -> dict[str, Schema]:
         "required": ["op"],
         "oneOf": [_ref(f"node.{op.name}") for op in ops],
     }
-    ordered = {name: sections[name] for name in ("model", "artifact", "output")} | {
+    ordered = {name: sections[name] for name in ("model", "artifact", "data", "output")} | {
         "node": node,
         "reference": reference,
     }
@@ -316,6 +325,12 @@ def _open_model(section: Schema) -> None:
         {"required": ["path"]},
         {"required": ["adapter"], "not": {"anyOf": [{"required": ["file"]}, {"required": ["space"]}]}},
     ]
+
+
+def _open_words(section: Schema, keys: Iterable[str]) -> None:
+    """Let scalars stand that are taken as they are written: `label: 1` names the column 1."""
+    for key in keys:
+        section["properties"][key]["type"] = ["string", "number", "boolean"]
 
 
 def _open_node(op: type[Op], section: Schema) -> None:

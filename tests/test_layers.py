@@ -13,11 +13,11 @@ FLOORS: dict[int, str] = {
     9: "__main__",
     8: "cli testing",
     7: "pipeline",
-    6: "inspecting schema reporting importing",
+    6: "inspecting schema reporting importing preparing",
     5: "executing writing publishing stages",
     4: "planning restacking",
     3: "recipe graph layout",
-    2: "ops checkpoint document",
+    2: "ops checkpoint document cache",
     1: "settings hub digests",
     0: "errors dtypes",
 }

@@ -647,7 +647,7 @@ class _Parser:
             )
             return None
         data = getattr(section, "data", None)
-        if data is not None and data not in self.sources:
+        if data is not None and data not in self.sources and isinstance(self.document.data.get("data") or {}, dict):
             listed = f"There are {', '.join(self.sources)}." if self.sources else "Name a file under `data:`."
             self.problem(f"there is no data {_shown(data)}", (*path, "data"), _near(data, self.sources) or listed)
         op = self.op(op_class, section, () if single else items, path)
