@@ -55,8 +55,8 @@ _GRAMMAR = ("op", "base", "model", "emr", "data", "inputs", "rules", "layers", "
 _WORDS = ("revision", "subfolder", "split", "text", "template", "messages", "features", "label")
 _LISTED = ("inputs", "layers")
 """The lists whose items are sections of the op's own."""
-_MORE = {"fisher": ", estimator: sampled"}
-"""What else the node of a stage says in an example: by default fisher_diag asks for few classes."""
+_SAID = {"fisher_diag": {"estimator": "sampled"}}
+"""What an op says in an example in place of a default that is not for every model."""
 _REFS = "#/definitions/{model}"
 _SHARED_FROM = 3
 _WORTH_SHARING = 200
@@ -460,12 +460,12 @@ def op_page(name: str) -> str:
     every = [key for key in node_section(op).model_fields if key not in (*_GRAMMAR, *op.model_fields)]
     if every:
         parts.append(f"Keys of every node\n  {', '.join(every)}")
-    parts.append("Example\n" + "".join(f"  {line}".rstrip() + "\n" for line in example(op).splitlines()))
+    parts.append("Example\n" + "".join(f"  {line}".rstrip() + "\n" for line in example(op, parameters).splitlines()))
     return "\n\n".join(parts)
 
 
-def example(op: type[Op]) -> str:
-    """A small complete recipe with the op and each of its parameters."""
+def example(op: type[Op], parameters: Sequence[_Parameter] = ()) -> str:
+    """A small complete recipe with the op and each of its parameters, which may be given if they are known."""
     count = min(max(op.fewest, 2), op.most or 2)
     names = ["first", "second", "third", *(f"model_{i}" for i in range(4, count + 1))][:count]
     pair = op.takes in ("rules", "layers", "emr")
@@ -477,8 +477,10 @@ def example(op: type[Op]) -> str:
     if op.input_keys:
         data = [f"  {name}_data: ./{name}.jsonl" for name in names]
         nodes += [
-            f"  {name}_{key}: {{op: {collector_of(key)}, model: {name}, data: {name}_data{_MORE.get(key, '')}}}"
-            for key in op.input_keys
+            f"  {name}_{key}: {{op: {kind}, model: {name}, data: {name}_data"
+            + "".join(f", {word}: {value}" for word, value in _SAID.get(kind, {}).items())
+            + "}"
+            for key, kind in ((key, collector_of(key)) for key in op.input_keys)
             for name in names
         ]
         items = [f"{{model: {name}, {', '.join(f'{key}: {name}_{key}' for key in op.input_keys)}}}" for name in names]
@@ -515,11 +517,8 @@ def example(op: type[Op]) -> str:
         ]
     else:
         lines += ["    inputs:", *(f"      - {item}" for item in items)]
-    given = [
-        (f"    {one.name}: {_scalar(_sample(one))}", one.description)
-        for one in _parameters(op)
-        if _sample(one) is not None
-    ]
+    values = [(one, _SAID.get(op.name, {}).get(one.name, _sample(one))) for one in parameters or _parameters(op)]
+    given = [(f"    {one.name}: {_scalar(value)}", one.description) for one, value in values if value is not None]
     width = max((len(line) for line, _ in given), default=0)
     return "\n".join([*lines, *(f"{line:<{width}}  # {note}" for line, note in given)]) + "\n"
 
