@@ -485,7 +485,7 @@ def example(op: type[Op], parameters: Sequence[_Parameter] = ()) -> str:
         ]
         items = [f"{{model: {name}, {', '.join(f'{key}: {name}_{key}' for key in op.input_keys)}}}" for name in names]
     stage = issubclass(op, StageOp)
-    if stage and op.needs_data:
+    if issubclass(op, StageOp) and op.needs_data:
         data = ["  texts: ./texts.jsonl"]
     lines = [
         "recipe: 1",

@@ -115,16 +115,16 @@ def test_every_op_has_a_case_and_every_case_is_a_recipe(merge: ModuleType) -> No
 def test_what_needs_statistics_runs_on_those_that_are_made_for_it(
     merge: ModuleType, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(
-        merge.SHAPES, "small", merge.Shape(hidden=16, layers=1, ffn=24, vocab=32, heads=2, kv_heads=1)
-    )
+    monkeypatch.setitem(merge.SHAPES, "small", merge.Shape(hidden=16, layers=1, ffn=24, vocab=32, heads=2, kv_heads=1))
     options = merge.parse(["--size", "small", "--work", str(tmp_path), "--cases", name, "--pairs", "1"])
     bench = merge.Bench(options)
     bench.report.idle = {"wall": 0.0, "import": 0.0, "rss_anon": 0.0}
     bench.side_by_side(name)
     [run] = bench.report.cases[name]["mergeflow"]
     assert run["wall"] > 0 and run["output"] > 2 * 16 * 32
-    assert f"- {name}: on models of 256 dimensions, with statistics of random numbers\n" in merge.as_markdown(bench.report)
+    assert f"- {name}: on models of 256 dimensions, with statistics of random numbers\n" in merge.as_markdown(
+        bench.report
+    )
 
 
 def test_a_whole_table_says_why_stages_are_not_in_it(merge: ModuleType, tmp_path: Path) -> None:

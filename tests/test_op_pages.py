@@ -33,7 +33,7 @@ def test_the_page_of_an_op_has_an_example_that_is_validated_and_runs(
     made = weights_of(tmp_path / recipe["name"])
     assert made.keys() and all(tensor.isfinite().all() for tensor in made.values() if tensor.is_floating_point())
     if issubclass(op, StageOp):
-        assert all(name.startswith(("fisher." if op.kind == "fisher_diag" else f"{op.kind}.")) for name in made)
+        assert all(name.startswith("fisher." if op.kind == "fisher_diag" else f"{op.kind}.") for name in made)
         assert json.loads((tmp_path / recipe["name"] / "statistics.json").read_text())["kind"] == op.kind
     elif not op.has_parts and op.takes != "layers":
         assert {name: tensor.shape for name, tensor in made.items()} == {n: t.shape for n, t in llama(0).items()}

@@ -143,7 +143,9 @@ RIGHT: dict[str, dict[str, Any]] = {
         data=DATA,
         artifacts={"kept": "org/b-gram"},
     ),
-    "fisher with a floor of the mean": whole({**FISHER, "floor": {"rel": "${r}"}, "favor": "a"}, data=DATA, vars={"r": 0.1}),
+    "fisher with a floor of the mean": whole(
+        {**FISHER, "floor": {"rel": "${r}"}, "favor": "a"}, data=DATA, vars={"r": 0.1}
+    ),
     "every key of data": whole(
         data={
             "hub": {"path": "org/set", "kind": "hub", "split": "train", "revision": 12, "limit": 100, "seed": 3},
@@ -169,7 +171,9 @@ WRONG: dict[str, dict[str, Any]] = {
     "a stage of an unknown codec": whole({**GRAM, "codec": "float16"}, data=DATA),
     "regmean of names alone": whole({"op": "regmean", "inputs": ["a", "b"]}),
     "regmean of an input without its gram": whole({"op": "regmean", "inputs": [{"model": "a"}]}),
-    "regmean of another op's statistics": whole({"op": "regmean", "inputs": [{"model": "a", "fisher": GRAM}]}, data=DATA),
+    "regmean of another op's statistics": whole(
+        {"op": "regmean", "inputs": [{"model": "a", "fisher": GRAM}]}, data=DATA
+    ),
     "statistics for something else": whole(
         {"op": "regmean", "inputs": [{"model": "a", "gram": GRAM, "for": "shapes"}]}, data=DATA
     ),
