@@ -188,6 +188,18 @@ class Stacked:
         return [(span(a, b), own[a].source, span(own[a].layer, own[b].layer)) for a, b in runs]
 
 
+@dataclass(frozen=True, slots=True)
+class StageNote:
+    """A stage that stands before the rows: its node, its op, the model it runs, and whether its artifact (`key`) is made."""
+
+    node: str
+    op: str
+    model: str
+    data: str
+    key: str
+    done: bool
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Plan:
     """Everything that headers can tell about a run.
@@ -209,6 +221,7 @@ class Plan:
     notes: tuple[str, ...] = ()
     digest: str = ""
     parts: Mapping[str, str] = field(default_factory=dict)
+    stages: tuple[StageNote, ...] = ()
     spaces: Mapping[str, str] = field(default_factory=dict)
     stacks: Mapping[str, tuple[Stacked, ...]] = field(default_factory=dict)
 

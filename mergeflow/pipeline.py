@@ -173,6 +173,7 @@ def plan(recipe: Recipe, *, out: str | Path | None = None) -> Plan:
     parts = {**made.parts, "the files beside the weights": _digest_beside(files, made.models)}
     return replace(
         made,
+        stages=tuple(stage.note for stage in prepared.stages),
         side_files=tuple(files),
         warnings=tuple(dict.fromkeys(warnings)),
         notes=notes,

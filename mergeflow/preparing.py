@@ -28,7 +28,7 @@ from mergeflow.checkpoint.statistics import StageOp as OpNote
 from mergeflow.digests import PIECE, tensor_digest
 from mergeflow.dtypes import BY_NAME
 from mergeflow.errors import InputError, Interrupted, MergeflowError, RecipeError, did_you_mean
-from mergeflow.graph import Made, Row, Shard
+from mergeflow.graph import Made, Row, Shard, StageNote
 from mergeflow.hub import LocalFolder, is_local, locate
 from mergeflow.layout import Tensor as PlacedTensor
 from mergeflow.layout import lay_out
@@ -59,6 +59,11 @@ class Stage:
     def path(self) -> Path:
         """Where the artifact lies, or will."""
         return cache.artifact_path(self.key)
+
+    @property
+    def note(self) -> StageNote:
+        """What a plan says of it."""
+        return StageNote(self.node.name, self.op.name, self.model, self.node.data or "", self.key, self.done)
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +36,7 @@ def plan_data(plan: Plan, *, threads: int, peak: int, free: int) -> dict[str, An
             }
             for name, checkpoint in plan.models.items()
         },
-        "stages": [],
+        "stages": [asdict(stage) for stage in plan.stages],
         "rows": [
             {
                 "output": row.output,
@@ -97,6 +98,10 @@ def plan_text(data: Mapping[str, Any], out: Path) -> str:
         f"  {m['source']}{_adapter_text(m['adapter'])}"
         for name, m in data["models"].items()
     ]
+    for stage in data["stages"]:
+        state = "in the cache" if stage["done"] else "to be run"
+        on = f" on {stage['data']}" if stage["data"] else ""
+        lines.append(f"  stage    {stage['node']:<16} {stage['op']} of {stage['model']}{on}, {state}")
     kinds: dict[str, list[str]] = {}
     for row in data["rows"]:
         kinds.setdefault(row["expression"].split("(")[0] if "(" in row["expression"] else "as it is", []).append(

@@ -369,6 +369,18 @@ def test_a_tied_head_has_no_gram_and_an_untied_one_has(folders: Mapping[str, Pat
 TEXT_ROWS = [{"text": text} for text in TEXTS]
 
 
+def test_a_tied_head_that_is_stored_too_has_no_gram_whichever_way_the_model_runs(tmp_path: Path) -> None:
+    model = saved(tmp_path / "tied", "llama", llama(tie_word_embeddings=True))
+    weights = load_file(model / "model.safetensors")
+    weights["lm_head.weight"] = weights["model.embed_tokens.weight"].clone()
+    save_file(weights, model / "model.safetensors", {"format": "pt"})
+    whole = collected(exact(), model, TEXT_ROWS, tmp_path)
+    walked = collected(exact(), model, TEXT_ROWS, tmp_path, memory=20_000)
+    assert whole.facts.skipped["lm_head.weight"] == "tied to the embedding model.embed_tokens"
+    assert whole.facts == walked.facts and predict(exact(), model).skipped == whole.facts.skipped
+    assert all(torch.equal(walked.tensors[name], whole.tensors[name]) for name in whole.tensors)
+
+
 class Twice(nn.Module):
     """Two layers of one weight, which read different tensors."""
 

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 class IsoCts(SpectralOp):
-    """Join the strongest directions of the summed deltas with those that each delta has beside them, all of one strength (Iso-CTS).
+    """Join the strongest directions of the summed deltas with those of each delta beside them, all of one strength (Iso-CTS).
 
     The common space is spanned by the left singular vectors C of sum_i w_i tau_i that are the largest; what a delta has
     outside of it is w_i tau_i - C C^T w_i tau_i, of which each of K inputs gives its d largest directions: d = (r - int(common

@@ -228,6 +228,7 @@ def empty_model(folder: Folder, *, buffers: bool = False) -> nn.Module:
         ) from error
     finally:
         torch.set_default_dtype(before)
+    model.tie_weights()  # type: ignore[operator]
     return model.eval()
 
 

@@ -12,6 +12,7 @@ So a walk computes what the whole model would, to the bit.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -27,6 +28,15 @@ if TYPE_CHECKING:
 
     from mergeflow.stages import StageJob
     from mergeflow.stages.data import Batch
+
+
+_libc = ctypes.CDLL(None)
+
+
+def _give_back() -> None:
+    """Give freed memory back to the system: malloc keeps it otherwise, and the next block's tensors may not fit its holes."""
+    if hasattr(_libc, "malloc_trim"):
+        _libc.malloc_trim(0)
 
 
 class _Done(Exception):
@@ -113,7 +123,6 @@ class Walker:
 
     def fill(self, names: Sequence[str]) -> None:
         """Read these parameters. Raises MachineError for one whose tensors are changed on the way."""
-        import torch
         from torch import nn
 
         for name in names:
@@ -128,17 +137,24 @@ class Walker:
                     where=str(self.folder.path),
                     fix="Give it more --memory, so that all of the model is loaded.",
                 )
-            made = torch.empty(before.shape, dtype=self.dtype)
-            for piece in pieces:
-                stored = (
-                    naming.read_tensor(self.folder.checkpoint, piece.tensor)
-                    if not before.shape
-                    else naming.read_rows(self.folder.checkpoint, piece.tensor, piece.start, piece.start + piece.rows)
-                )
-                inside = made if piece.expert is None else made[piece.expert]
-                (inside[piece.at : piece.at + piece.rows] if before.shape else inside).copy_(stored)
-                del stored
+            made = self._read(before, pieces)
             self._put(before, nn.Parameter(made.to(self.device), requires_grad=False))
+
+    def _read(self, parameter: Tensor, pieces: Sequence[naming.Piece]) -> Tensor:
+        """A parameter's values, each tensor in its place."""
+        import torch
+
+        checkpoint = self.folder.checkpoint
+        (first, *others) = pieces
+        if not others and first.expert is None and checkpoint.tensors[first.tensor].shape == parameter.shape:
+            return naming.read_tensor(checkpoint, first.tensor).to(self.dtype)
+        made = torch.empty(parameter.shape, dtype=self.dtype)
+        for piece in pieces:
+            inside = made if piece.expert is None else made[piece.expert]
+            inside[piece.at : piece.at + piece.rows] = naming.read_rows(
+                checkpoint, piece.tensor, piece.start, piece.start + piece.rows
+            )
+        return made
 
     def empty(self, names: Sequence[str]) -> None:
         """Drop these parameters again."""
@@ -150,6 +166,7 @@ class Walker:
             before = self.model.get_submodule(owner)._parameters[last]
             assert before is not None
             self._put(before, nn.Parameter(torch.empty_like(before, device="meta"), requires_grad=False))
+        _give_back()
 
     def _put(self, before: nn.Parameter, after: nn.Parameter) -> None:
         """One parameter in place of another, in every module that has it, so that tied ones stay tied."""
@@ -200,6 +217,7 @@ class Walker:
 
         with self._standing_in(index, work), contextlib.suppress(_Done):
             self._forward(batch, given)
+        _give_back()
 
     def behind(self, batch: Batch, *, final: bool = True) -> None:
         """Run a batch through what comes after the blocks."""
@@ -280,7 +298,7 @@ def collect(job: StageJob, folder: models.Folder, examples: data.Examples) -> co
         groups.extend(here)
 
     table, outside = walker.embedding, walker.outside()
-    head = [] if behind else walker.head()
+    head = [] if behind else [name for name in walker.head() if name != table]
     walker.fill([name for name in outside if name not in head])
     for batch in told():
         walker.embed(batch)
