@@ -277,7 +277,6 @@ CASES = [
     Case("an_empty_recipe", 2, "recipe", ""),
     Case("a_stage_on_data_nobody_named", 2, "recipe", GRAM.replace("data: rows}", "data: row}")),
     Case("a_stage_on_data_that_is_not_there", 3, "headers", GRAM),
-    Case("a_stage_as_a_model", 2, "headers", GRAM + "  m: {op: linear, inputs: [a, g]}\n"),
     Case("statistics_left_out", 2, "recipe", on_node("alpha: 0.5", "regmean, inputs: [a, {model: b}]")),
     Case("an_op_of_a_later_version", 2, "recipe", on_node("data: d", "fuse, inputs: [a, b]")),
     Case("many_problems", 2, "recipe", TIES.replace("ties", "teis") + "  x: {op: liner, inputs: [a]}\nnme: y\n"),
