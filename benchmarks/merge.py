@@ -579,7 +579,7 @@ CASES = {
     "regmean": with_statistics("regmean", "gram"),
     "fisher": with_statistics("fisher", "fisher"),
 }
-NO_CASE = ("gram", "gram_diag", "input_mean", "act_absmean", "fisher_diag")
+NO_CASE = ("regmean_pp", "gram", "gram_diag", "input_mean", "act_absmean", "fisher_diag")
 """Stages: their time is that of a model on data, which these checkpoints have no use for."""
 OTHER_CASES = ("threads", "plan", "cgroup")
 

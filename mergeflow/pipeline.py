@@ -132,7 +132,7 @@ def plan(recipe: Recipe, *, out: str | Path | None = None, device: str = "cpu") 
     made = make_plan(recipe, {name: models[name] for name in needed_models(recipe)})
     files = list(made.side_files)
     warnings = list(made.warnings)
-    idle = ", ".join(name for name in recipe.models if name not in opened)
+    idle = ", ".join(name for name in recipe.models if name not in models)
     notes = (*made.notes, f"no output needs {idle}, so nothing of it is read") if idle else made.notes
     for output in recipe.outputs.values():
         like, tokenizer = like_and_tokenizer(recipe, output)
@@ -158,7 +158,14 @@ def plan(recipe: Recipe, *, out: str | Path | None = None, device: str = "cpu") 
                 recipe_name=recipe.name,
                 description=recipe.description,
                 resolved_recipe=_portable(recipe, Path(out or recipe.name), output.key),
-                ops=sorted([*_ops(rows), *([("stack", None)] if made.stacks[output.key] else [])]),
+                ops=sorted(
+                    {
+                        *_ops(rows),
+                        *([("stack", None)] if made.stacks[output.key] else []),
+                        *((one.op.name, one.op.paper) for one in prepared.stages if one.node.name in used),
+                    },
+                    key=lambda named: named[0],
+                ),
                 tied=False if output.tied == "untie" else None,
                 space=made.spaces[output.key],
                 quantised=keeps_quantisation(rows, like, made.models[like]),
@@ -179,7 +186,14 @@ def plan(recipe: Recipe, *, out: str | Path | None = None, device: str = "cpu") 
         notes=notes,
         parts=parts,
         stages=tuple(
-            PlannedStage(one.node.name, one.op.name, one.model, one.node.data, one.key, one.done)
+            PlannedStage(
+                one.node.name,
+                one.op.name,
+                ", ".join(one.models),
+                ", ".join(given.data for given in one.node.inputs if given.data) or None,
+                one.key,
+                one.done,
+            )
             for one in prepared.stages
         ),
         digest=plan_digest(parts),

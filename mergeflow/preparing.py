@@ -1,10 +1,10 @@
 """Stages made before rows: each becomes an artifact in the cache, and the recipe goes on as if it had named that artifact.
 
-A stage sees data or runs a model, so planning cannot look into it. What planning needs of it is the folder that it makes: so a
-recipe is prepared by putting an entry under `artifacts:` in the place of each stage node, in the order in which they need each
-other, and nothing after this module knows that there were stages. The key of an artifact says all that went in (the op, the
-model's files, the data's bytes), so what is in the cache is found before anything runs. For a plan, a stage that has not run
-yet gives the headers of what it would make.
+A stage sees data or runs models, so planning cannot look into it. What planning needs of it is the folder that it makes: so a
+recipe is prepared by putting an entry under `artifacts:` (or, for a stage that merges, under `models:`) in the place of each
+stage node, in the order in which they need each other, and nothing after this module knows that there were stages. The key of
+an artifact says all that went in (the op, the models' files, the data's bytes), so what is in the cache is found before anything
+runs. For a plan, a stage that has not run yet gives the headers of what it would make.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import json
 import shutil
 import tempfile
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
@@ -40,13 +40,13 @@ from mergeflow.errors import (
     did_you_mean,
 )
 from mergeflow.graph import Made, Plan, Row, Shard
-from mergeflow.hub import LocalFolder, is_local, locate
+from mergeflow.hub import SMALL_FILE, LocalFolder, is_local, locate
 from mergeflow.layout import Tensor as PlacedTensor
 from mergeflow.layout import lay_out
 from mergeflow.ops import op_named
-from mergeflow.ops.statistics import StageOp
+from mergeflow.ops.statistics import StageOp, StatisticsOp
 from mergeflow.planning import SPACE_KEY, references
-from mergeflow.recipe import ArtifactSource, DataSource, Node, Recipe
+from mergeflow.recipe import ArtifactSource, DataSource, ModelSource, Node, Recipe
 from mergeflow.writing import MANIFEST, Staging, finished_digest, repair
 from mergeflow.writing.claim import Claim
 
@@ -58,12 +58,13 @@ Progress = Callable[[str, int, int], None]
 
 @dataclass(frozen=True, slots=True)
 class Stage:
-    """A stage of a recipe: its node, the model it runs, the key of its artifact, and whether that is in the cache."""
+    """A stage of a recipe: its node, the models it runs, each with its data, the key of its artifact, and whether that is in
+    the cache."""
 
     node: Node
     op: StageOp
-    model: str
-    data: DataSource | None
+    models: tuple[str, ...]
+    data: tuple[DataSource | None, ...]
     key: str
     done: bool
 
@@ -71,6 +72,12 @@ class Stage:
     def path(self) -> Path:
         """Where the artifact lies, or will."""
         return cache.artifact_path(self.key)
+
+    @property
+    def source(self) -> ArtifactSource | ModelSource:
+        """What stands in the node's place."""
+        path = str(self.path)
+        return ArtifactSource(path=path) if isinstance(self.op, StatisticsOp) else ModelSource(path=path)
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,25 +93,39 @@ class CachedFolder(LocalFolder):
 
 @dataclass(frozen=True, slots=True)
 class ForeseenFolder:
-    """What a stage that has not run yet will make: it has a name and a key, and no files."""
+    """What a stage that has not run yet will make: it has a name and a key, and of its files those that are known by now.
+
+    Of files of weights, `headers` and sizes are, and the rest is a hole.
+    """
 
     label: str
     revision: str
+    beside: Mapping[str, bytes] = field(default_factory=dict)
+    headers: Mapping[str, tuple[bytes, int]] = field(default_factory=dict)
 
     def names(self) -> tuple[str, ...]:
-        return ()
+        return tuple(sorted([*self.beside, *self.headers]))
 
     def exists(self, name: str) -> bool:
-        return False
+        return name in self.beside or name in self.headers
 
     def size(self, name: str) -> int:
-        raise InputError("is not made yet", where=self.label)
+        return self.headers[name][1] if name in self.headers else len(self._known(name))
 
     def read(self, name: str, limit: int = 0) -> bytes:
-        raise InputError("is not made yet", where=self.label)
+        return self._known(name)
 
     def read_range(self, name: str, start: int, stop: int) -> bytes:
-        raise InputError("is not made yet", where=self.label)
+        if stop > self.size(name):
+            raise InputError(f"ends before byte {stop:,}", where=self.label)
+        return self._known(name)[start:stop].ljust(stop - start, b"\0")
+
+    def _known(self, name: str) -> bytes:
+        if name in self.headers:
+            return self.headers[name][0]
+        if name not in self.beside:
+            raise InputError("is not made yet", where=self.label)
+        return self.beside[name]
 
     def local(self, names: Any, progress: Any = None) -> dict[str, Path]:
         raise InputError("is not made yet", where=self.label)
@@ -149,22 +170,20 @@ def prepare(
     for node in _in_order(recipe):
         stage = _stage(recipe, node, opened, known, device)
         known[node.name] = stage.key
-        opened_one: Statistics | None = None
+        opened_one: Checkpoint | None = None
         if not stage.done:
-            model = _model_of(recipe, stage, opened, artifacts, foresee)
+            models = _models_of(recipe, stage, opened, artifacts, foresee)
             if make is None:
-                opened_one = _foreseen(recipe, stage, model)
+                opened_one = _foreseen(recipe, stage, models)
             else:
-                make(
-                    stage, recipe.with_artifacts({one.node.name: ArtifactSource(path=str(one.path)) for one in stages})
-                )
+                make(stage, recipe.with_made({one.node.name: one.source for one in stages}))
                 _check_unchanged(recipe, stage, opened, known, device)
         stages.append(stage)
         artifacts[node.name] = opened_one or _opened(recipe, stage)
     if not stages:
         return Prepared(recipe)
-    sources = {stage.node.name: ArtifactSource(path=str(stage.path)) for stage in stages}
-    return Prepared(recipe.with_artifacts(sources), artifacts, tuple(stages))
+    sources = {stage.node.name: stage.source for stage in stages}
+    return Prepared(recipe.with_made(sources), artifacts, tuple(stages))
 
 
 def _in_order(recipe: Recipe) -> Iterator[Node]:
@@ -188,23 +207,28 @@ def _stage(
 ) -> Stage:
     """A stage with its key; `known` are the keys of the stages before it."""
     assert isinstance(node.op, StageOp)
-    model = node.inputs[0].model
-    data = recipe.data.get(node.data) if node.data else None
+    models = tuple(one.model for one in node.inputs)
+    data = tuple(recipe.data.get(one.data) if one.data else None for one in node.inputs)
+    seed = recipe.seed if node.seed is None else node.seed
+    digests = dict(known)
     key = cache.artifact_key(
         {
             "op": node.op.name,
             "version": node.op.version,
             "parameters": node.op.model_dump(mode="json"),
             "only": node.only,
-            "seed": recipe.seed if node.seed is None else node.seed,
-            "model": _identity(recipe, model, opened, dict(known)),
-            "data": _data_identity(recipe, node, data) if data else None,
+            "seed": seed if node.op.seeded else None,
+            "models": [_identity(recipe, model, opened, digests) for model in models],
+            "data": [
+                _data_identity(recipe, str(one.data), source) if source else None
+                for one, source in zip(node.inputs, data, strict=True)
+            ],
             "device": device.partition(":")[0],
         }
     )
     path = cache.artifact_path(key)
     repair(path)
-    return Stage(node, node.op, model, data, key, done=finished_digest(path) is not None)
+    return Stage(node, node.op, models, data, key, done=finished_digest(path) is not None)
 
 
 def _check_unchanged(
@@ -289,14 +313,14 @@ def _files_identity(checkpoint: Checkpoint) -> Any:
     return [weights, beside]
 
 
-def _data_identity(recipe: Recipe, node: Node, data: DataSource) -> Any:
+def _data_identity(recipe: Recipe, name: str, data: DataSource) -> Any:
     """How the data is read, and a digest of its bytes and names; of a hub's dataset its name and revision."""
     said = data.model_dump(mode="json")
     if not is_local(data.path):
         return said
     del said["path"]
     path = recipe.folder / Path(data.path).expanduser()
-    where = recipe.where(("data", str(node.data)))
+    where = recipe.where(("data", name))
     digest = blake3()
     try:
         path.stat()  # says why, which the error of a map does not
@@ -310,24 +334,43 @@ def _data_identity(recipe: Recipe, node: Node, data: DataSource) -> Any:
     return [said, digest.hexdigest()]
 
 
-def _opened(recipe: Recipe, stage: Stage) -> Statistics:
+def _opened(recipe: Recipe, stage: Stage) -> Checkpoint:
     cache.mark_used(stage.path)
+    folder = CachedFolder(f"stage {stage.node.name}", stage.path, key=stage.key)
     try:
-        return open_statistics(CachedFolder(f"stage {stage.node.name}", stage.path, key=stage.key))
+        return open_statistics(folder) if isinstance(stage.op, StatisticsOp) else open_checkpoint(folder)
     except MergeflowError as error:
         error.fix = f"It lies in the cache and is damaged: `mergeflow cache clear {stage.key}`."
         raise error.placed(recipe.where(stage.node.path)) from None
 
 
-def _model_of(
+def _models_of(
     recipe: Recipe,
     stage: Stage,
     opened: Mapping[str, Checkpoint],
     artifacts: Mapping[str, Checkpoint],
     foresee: Foresee,
+) -> tuple[Checkpoint | Plan, ...]:
+    """The models that a stage runs: of a node its plan. Raises RecipeError where one is no whole model."""
+    at: tuple[str | int, ...] = stage.node.path
+    several = stage.op.takes == "inputs"
+    return tuple(
+        _model_of(
+            recipe, stage, name, opened, artifacts, foresee, (*at, "inputs", index) if several else (*at, "model")
+        )
+        for index, name in enumerate(stage.models)
+    )
+
+
+def _model_of(
+    recipe: Recipe,
+    stage: Stage,
+    name: str,
+    opened: Mapping[str, Checkpoint],
+    artifacts: Mapping[str, Checkpoint],
+    foresee: Foresee,
+    at: tuple[str | int, ...],
 ) -> Checkpoint | Plan:
-    """The model that a stage runs: of a node its plan. Raises RecipeError where that is no whole model."""
-    name = stage.model
     found: Checkpoint | Plan
     if name in recipe.nodes and name not in artifacts:
         found = foresee(recipe.giving(name))
@@ -349,27 +392,65 @@ def _model_of(
     try:
         stage.op.space(None, (space,))  # type: ignore[arg-type]
     except RecipeError as error:
-        raise error.placed(recipe.where((*stage.node.path, "model"))) from None
+        raise error.placed(recipe.where(at)) from None
     return found
 
 
-def _foreseen(recipe: Recipe, stage: Stage, model: Checkpoint | Plan) -> Statistics:
-    """The headers that a stage would make, from its model's config and headers."""
-    from mergeflow.stages import predict
-
+def _foreseen(recipe: Recipe, stage: Stage, models: Sequence[Checkpoint | Plan]) -> Checkpoint:
+    """The headers that a stage would make, from its models' configs and headers."""
     try:
-        with _skeleton(model) as folder:
-            found = predict(stage.op, folder, stage.node.only)
+        with contextlib.ExitStack() as stack:
+            folders = [stack.enter_context(_skeleton(model)) for model in models]
+            if isinstance(stage.op, StatisticsOp):
+                return _foreseen_statistics(stage, stage.op, folders[0])
+            return _foreseen_model(stage, folders, models[0])
     except MergeflowError as error:
         raise error.placed(recipe.where(stage.node.path)) from None
+
+
+def _foreseen_model(stage: Stage, folders: Sequence[Path], first: Checkpoint | Plan) -> Checkpoint:
+    """The merged model's headers, as they will be, and the first model's side files beside them."""
+    from mergeflow.ops.regmean_pp import RegMeanPP
+    from mergeflow.stages import models, regmean_pp
+
+    assert isinstance(stage.op, RegMeanPP)
+    opened = [models.open_folder(folder) for folder in folders]
+    regmean_pp.check(stage.op, opened)
+    tensors = opened[0].checkpoint.tensors
+    placed = [PlacedTensor(name, tensors[name].dtype, tensors[name].shape) for name in sorted(tensors)]
+    found, index = lay_out(placed, like_files=[], shard_size=None, metadata=regmean_pp.METADATA)
+    beside = _side_files(first, regmean_pp.is_side_file) | ({index[0]: index[1]} if index else {})
+    label = f"stage {stage.node.name}, not run yet"
+    return open_checkpoint(
+        ForeseenFolder(label, stage.key, beside, {file.name: (file.header, file.size) for file in found})
+    )
+
+
+def _side_files(model: Checkpoint | Plan, wanted: Callable[[str], bool]) -> dict[str, bytes]:
+    """The files beside a model's weights that are wanted, of a plan those that it would write."""
+    if isinstance(model, Checkpoint):
+        folder = model.folder
+        names = [name for name in folder.names() if wanted(name)]
+        return {name: folder.read(name) for name in names if folder.size(name) <= SMALL_FILE}
+    return {
+        one.file: model.models[one.model].folder.read(one.name) if one.content is None else one.content
+        for one in model.side_files
+        if wanted(one.file)
+    }
+
+
+def _foreseen_statistics(stage: Stage, op: StatisticsOp, folder: Path) -> Statistics:
+    from mergeflow.stages import predict
+
+    found = predict(op, folder, stage.node.only)
     tensors = {}
     for name, (dtype, shape) in found.tensors.items():
         kind = BY_NAME[dtype]
         tensors[name] = StoredTensor(name, kind, shape, SINGLE, 0, prod(shape) * kind.size)
     facts = Facts(
-        kind=stage.op.kind,
-        codec=getattr(stage.op, "codec", "float32"),
-        op=OpNote(name=stage.op.name, version=stage.op.version),
+        kind=op.kind,
+        codec=getattr(op, "codec", "float32"),
+        op=OpNote(name=op.name, version=op.version),
         model=ModelNote(digest=""),
         n_examples=0,
         n_tokens=2**62,
@@ -472,25 +553,29 @@ class Runner:
                     raise Interrupted("stopped") from None
 
     def _make(self, stage: Stage, recipe: Recipe, work: Path) -> None:
+        if not isinstance(stage.op, StatisticsOp):
+            self._merge(stage, recipe, work)
+            return
         from mergeflow.stages import StageJob, run_stage
 
-        folder, checkpoint = self._model(stage, recipe, work)
+        (name,), (data,) = stage.models, stage.data
+        folder, checkpoint = self._model(name, recipe, work / "model")
+        # A merged model in the cache stands among the recipe's models too, in the place of its node.
+        own = name in recipe.resolved.get("models", {})
         source = {
             "digest": _digest_of(checkpoint, self.stop, self.progress),
-            "source": checkpoint.folder.label if stage.model in recipe.models else f"node {stage.model}",
-            "revision": checkpoint.folder.revision if stage.model in recipe.models else None,
+            "source": checkpoint.folder.label if own else f"node {name}",
+            "revision": checkpoint.folder.revision if own else None,
             "files": marks(checkpoint),
         }
         job = StageJob(
             op=stage.op,
             model=folder,
             source=source,
-            data=stage.data,
+            data=data,
             folder=recipe.folder,
             work=work / "stage",
-            write=lambda tensors, files, metadata: write_artifact(
-                stage.path, stage.key, tensors, files, metadata, self.stop
-            ),
+            write=self._write(stage),
             only=stage.node.only,
             device=self.device,
             memory=self.memory,
@@ -502,21 +587,54 @@ class Runner:
         job.work.mkdir(exist_ok=True)
         run_stage(job)
 
-    def _model(self, stage: Stage, recipe: Recipe, work: Path) -> tuple[Path, Checkpoint]:
-        """The local folder of the model that a stage runs, a node's written out first, and its headers."""
-        if stage.model in recipe.models:
-            source = recipe.models[stage.model]
+    def _merge(self, stage: Stage, recipe: Recipe, work: Path) -> None:
+        """Run a stage that merges several models, each on data of its own."""
+        from mergeflow.ops.regmean_pp import RegMeanPP
+        from mergeflow.stages import regmean_pp
+
+        assert isinstance(stage.op, RegMeanPP)
+        candidates = []
+        for index, (name, data) in enumerate(zip(stage.models, stage.data, strict=True)):
+            assert data is not None
+            candidates.append(
+                regmean_pp.Candidate(self._model(name, recipe, work / "models" / str(index))[0].absolute(), data)
+            )
+        job = regmean_pp.MergeJob(
+            op=stage.op,
+            candidates=tuple(candidates),
+            folder=recipe.folder,
+            work=work / "stage",
+            write=self._write(stage),
+            only=stage.node.only,
+            device=self.device,
+            memory=self.memory,
+            threads=self.threads,
+            progress=self.progress,
+            stop=self.stop,
+        )
+        job.work.mkdir(exist_ok=True)
+        regmean_pp.run(job)
+
+    def _write(self, stage: Stage) -> Callable[[Mapping[str, Tensor], Mapping[str, bytes], Mapping[str, str]], None]:
+        return lambda tensors, files, metadata: write_artifact(
+            stage.path, stage.key, tensors, files, metadata, self.stop
+        )
+
+    def _model(self, name: str, recipe: Recipe, made: Path) -> tuple[Path, Checkpoint]:
+        """The local folder of a model that a stage runs, a node's written out to `made` first, and its headers."""
+        if name in recipe.models:
+            source = recipe.models[name]
             folder = locate(
                 source.location, revision=source.revision, subfolder=source.subfolder, relative_to=recipe.folder
             )
             found = open_checkpoint(folder, file=source.file)
-            names = [name for name in folder.names() if "/" not in name and not name.endswith(SKIPPED)]
+            names = [one for one in folder.names() if "/" not in one and not one.endswith(SKIPPED)]
             paths = folder.local(
                 list(dict.fromkeys([*found.files, *names])), lambda done: self.progress("fetch", done, 0)
             )
             return next(iter(paths.values())).parent, found
-        made = work / "model"
-        self.materialise(recipe, stage.model, made)
+        made.parent.mkdir(exist_ok=True)
+        self.materialise(recipe, name, made)
         return made, open_checkpoint(LocalFolder(str(made), made))
 
 
@@ -626,7 +744,7 @@ def statistics_recipe(
     `options` are the op's parameters and the data's fields, told apart by their names. Paths are those of the command line.
     """
     op = op_named(kind)
-    if not issubclass(op, StageOp):
+    if not issubclass(op, StatisticsOp):
         raise RecipeError(f"`{kind}` collects nothing", where="--kind", fix="Write gram, fisher_diag or another stage.")
     own = {*op.model_fields, "only", "seed"}
     strange = [key for key in options if key not in own and key not in DataSource.model_fields]

@@ -169,8 +169,8 @@ def mermaid(recipe: Recipe) -> str:
                 words = f'|"{first if first == last else f"{first}-{last}"}"|'
             lines.append(f"  {ids[one.model]} -->{words} {ids[name]}")
             lines += [f"  {ids[other]} -. {word} .-> {ids[name]}" for word, other in one.keys.items()]
-        if node.data:
-            lines.append(f"  {data_ids[node.data]} -. data .-> {ids[name]}")
+            if one.data:
+                lines.append(f"  {data_ids[one.data]} -. data .-> {ids[name]}")
         for word, other in (("base", node.base), ("others", node.others), ("rest", node.rest)):
             if other:
                 lines.append(f"  {ids[other]} -. {word} .-> {ids[name]}")

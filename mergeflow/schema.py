@@ -28,7 +28,7 @@ from pydantic_core import core_schema
 from mergeflow.errors import RecipeError
 from mergeflow.ops import Op, all_ops, op_named
 from mergeflow.ops.base import Space
-from mergeflow.ops.statistics import StageOp, collector_of
+from mergeflow.ops.statistics import StageOp, StatisticsOp, collector_of
 from mergeflow.recipe import (
     NAME,
     RECIPE_NAME,
@@ -356,7 +356,8 @@ def _open_node(op: type[Op], section: Schema) -> None:
     elif op.takes in ("inputs", "rules"):
         key = op.takes
         alone = properties[key]["items"]
-        items = alone if set(op.input_keys) - set(op.optional_keys) else {"anyOf": [name, alone, _ref("node")]}
+        needs_more = set(op.input_keys) - set(op.optional_keys) or issubclass(op, StageOp)
+        items = alone if needs_more else {"anyOf": [name, alone, _ref("node")]}
         bounds = {"minItems": op.fewest, **({"maxItems": op.most} if op.most is not None else {})}
         rest = {"contains": {"properties": {"match": False}}} if key == "rules" else {}
         properties[key] = {
@@ -484,9 +485,12 @@ def example(op: type[Op], parameters: Sequence[_Parameter] = ()) -> str:
             for name in names
         ]
         items = [f"{{model: {name}, {', '.join(f'{key}: {name}_{key}' for key in op.input_keys)}}}" for name in names]
-    stage = issubclass(op, StageOp)
-    if issubclass(op, StageOp) and op.needs_data:
+    collects = issubclass(op, StatisticsOp)
+    if collects:
         data = ["  texts: ./texts.jsonl"]
+    elif issubclass(op, StageOp):
+        data = [f"  {name}_data: ./{name}.jsonl" for name in names]
+        items = [f"{{model: {name}, data: {name}_data}}" for name in names]
     lines = [
         "recipe: 1",
         f"name: {op.name.replace('_', '-')}-example",
@@ -495,7 +499,7 @@ def example(op: type[Op], parameters: Sequence[_Parameter] = ()) -> str:
         *(["data:", *data] if data else []),
         "nodes:",
         *nodes,
-        "  collected:" if stage else "  merged:",
+        "  collected:" if collects else "  merged:",
         f"    op: {op.name}",
     ]
     if op.needs_base:
@@ -597,6 +601,8 @@ def _takes(op: type[Op]) -> str:
         if op.most is not None and op.most != op.fewest:
             count = f"{op.fewest} to {op.most}"
         words = f"inputs: {count}, models or nodes"
+        if issubclass(op, StageOp):
+            words = f"inputs: {count}, of {{model: ..., data: ...}}, models or nodes, each with a name from `data:`"
         if op.input_keys:
             own = ", ".join(f"{key}: ..." for key in op.input_keys)
             words = f"inputs: {count}, of {{model: ..., {own}}}"

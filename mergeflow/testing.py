@@ -725,7 +725,7 @@ def _recipe(
     if case.op.takes == "model":
         node |= {"model": models[0], **({"data": "rows"} if data else {})}
     else:
-        beside = {key: f"{key}_statistics" for key in case.op.input_keys}
+        beside = {key: f"{key}_statistics" for key in case.op.input_keys} | ({"data": "rows"} if data else {})
         own = [
             {**beside, **(on_inputs or {}), **{name: values[i] for name, values in each.items()}}
             for i in range(case.inputs)

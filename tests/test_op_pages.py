@@ -13,7 +13,7 @@ from pages import example_of, llama, write_models
 from toys import call
 
 from mergeflow.ops import OPS, Op
-from mergeflow.ops.statistics import StageOp
+from mergeflow.ops.statistics import StatisticsOp
 
 
 @pytest.mark.parametrize("op", OPS, ids=lambda op: op.name)
@@ -32,7 +32,7 @@ def test_the_page_of_an_op_has_an_example_that_is_validated_and_runs(
     assert done.code == 0, done.err
     made = weights_of(tmp_path / recipe["name"])
     assert made.keys() and all(tensor.isfinite().all() for tensor in made.values() if tensor.is_floating_point())
-    if issubclass(op, StageOp):
+    if issubclass(op, StatisticsOp):
         assert all(name.startswith("fisher." if op.kind == "fisher_diag" else f"{op.kind}.") for name in made)
         assert json.loads((tmp_path / recipe["name"] / "statistics.json").read_text())["kind"] == op.kind
     elif not op.has_parts and op.takes != "layers":

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from mergeflow.errors import Interrupted, MachineError, RecipeError
-from mergeflow.ops.regmean import RegMean
+from mergeflow.ops.regmean_pp import RegMeanPP
 from mergeflow.recipe.grammar import DataSource
 from mergeflow.stages.regmean_pp import Candidate, MergeJob, run
 
@@ -38,13 +38,14 @@ def merge(tmp_path: Path, pairs: Sequence[tuple[str, DataSource]], **more: Any) 
 
     weights = more.pop("weights", [1.0] * len(pairs))
     (tmp_path / "work").mkdir(exist_ok=True)
+    given = {"weight": weights, "batch_size": more.pop("batch_size", 4), "alpha": more.pop("alpha", ALPHA)}
     job = MergeJob(
-        more.pop("op", RegMean(alpha=ALPHA)),
-        tuple(Candidate(tmp_path / name, told, w) for (name, told), w in zip(pairs, weights, strict=True)),
+        RegMeanPP(**given),
+        tuple(Candidate(tmp_path / name, told) for name, told in pairs),
         tmp_path,
         tmp_path / "work",
         write,
-        **{"batch_size": 4, **more},
+        **more,
     )
     run(job)
     return written[0]
@@ -110,7 +111,7 @@ def load(folder: Path) -> nn.Module:
 def test_each_layer_is_solved_on_what_the_merged_layers_below_give(
     digits: Path, shares: tuple[float, float], alpha: float
 ) -> None:
-    found = merge(digits, [("a", told("a")), ("b", told("b"))], weights=shares, op=RegMean(alpha=alpha))
+    found = merge(digits, [("a", told("a")), ("b", told("b"))], weights=shares, alpha=alpha)
     states = [load(digits / name).state_dict() for name in "ab"]
     merged = {n: sum(c * s[n] for c, s in zip(shares, states, strict=True)) / sum(shares) for n in states[0]}
     rows = [numbers(0), numbers(1)]
@@ -171,10 +172,8 @@ def test_what_cannot_be_merged_is_refused(digits: Path) -> None:
     pairs = [("a", told("a")), ("b", told("b"))]
     with pytest.raises(RecipeError, match="two models or more"):
         merge(digits, pairs[:1])
-    with pytest.raises(RecipeError, match="not all 0"):
+    with pytest.raises(RecipeError, match="the mean divides by the sum of the weights, which is 0"):
         merge(digits, pairs, weights=[0.0, 0.0])
-    with pytest.raises(RecipeError, match="takes no base"):
-        merge(digits, pairs, op=RegMean(reference="base"))
     with pytest.raises(MachineError, match="2 models and the merged one take"):
         merge(digits, pairs, memory=1000)
     other = {**CONFIG, "num_labels": 5}

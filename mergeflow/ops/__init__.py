@@ -36,6 +36,7 @@ from mergeflow.ops.passthrough import Passthrough
 from mergeflow.ops.pcb import Pcb
 from mergeflow.ops.ram import Ram, RamPlus
 from mergeflow.ops.regmean import RegMean
+from mergeflow.ops.regmean_pp import RegMeanPP
 from mergeflow.ops.scale import Scale
 from mergeflow.ops.sce import Sce
 from mergeflow.ops.select import Select
@@ -93,6 +94,7 @@ __all__ = [
     "RamPlus",
     "Reduction",
     "RegMean",
+    "RegMeanPP",
     "Scale",
     "Sce",
     "Select",
@@ -147,6 +149,7 @@ OPS: tuple[type[Op], ...] = (
     Cart,
     Wudi,
     RegMean,
+    RegMeanPP,
     Fisher,
     TaskVector,
     Add,

@@ -1,4 +1,4 @@
-"""Stage ops that collect statistics of a model on data: their parameters, and no mathematics.
+"""Stage ops, and those that collect statistics of a model on data: their parameters, and no mathematics.
 
 What they name is done by the runners in `mergeflow.stages`, since it needs a model that runs; recipes, plans and cache keys
 need only what stands here. A later merge reads the statistics without the data.
@@ -31,23 +31,36 @@ def collector_of(key: str) -> str:
 
 
 class StageOp(Op):
-    """An op that runs a model on data before any tensor is merged; its result is an artifact in the cache."""
+    """An op that runs models on data before any tensor is merged; its result lies in the cache."""
 
-    takes = "model"
-    most = 1
     portable = False
 
-    kind: ClassVar[Literal["gram", "gram_diag", "input_mean", "act_absmean", "fisher_diag"]]
-    """What `statistics.json` calls the result."""
     version: ClassVar[int] = 1
     """Goes up whenever the numbers change, so that no artifact of before is taken for one of after."""
     needs_data: ClassVar[bool] = True
-    """Whether the node must name an entry of `data:`."""
+    """Whether each model must have an entry of `data:` beside it."""
+    seeded: ClassVar[bool] = True
+    """Whether a seed may change the result."""
 
     batch_size: Times = Field(default=8, description="Examples that run through the model together.")
     max_length: Times | None = Field(
         default=None, description="Tokens of a text that count, the rest is cut; default: the model's whole context."
     )
+
+    def compute(self, inputs: Sequence[Tensor], block: Block) -> NoReturn:
+        """Never asked for: a stage runs models, not tensors."""
+        raise TypeError(f"{self.name} is a stage, run by mergeflow.stages")
+
+
+class StatisticsOp(StageOp):
+    """A stage that collects statistics of one model, which are an artifact."""
+
+    takes = "model"
+    most = 1
+
+    kind: ClassVar[Literal["gram", "gram_diag", "input_mean", "act_absmean", "fisher_diag"]]
+    """What `statistics.json` calls the result."""
+
     min_tokens: Count = Field(
         default=0,
         description="Refuse to write statistics of fewer tokens (for images and features: rows) than this.",
@@ -62,12 +75,8 @@ class StageOp(Op):
             )
         return "statistics"
 
-    def compute(self, inputs: Sequence[Tensor], block: Block) -> NoReturn:
-        """Never asked for: a stage runs models, not tensors."""
-        raise TypeError(f"{self.name} is a stage, run by mergeflow.stages")
 
-
-class _OfInputs(StageOp):
+class _OfInputs(StatisticsOp):
     """A statistic of what the linear layers read."""
 
     accumulate: Accumulate = Field(
@@ -134,7 +143,7 @@ class ActAbsmean(_OfInputs):
     kind = "act_absmean"
 
 
-class FisherDiag(StageOp):
+class FisherDiag(StatisticsOp):
     """Collect the diagonal of the Fisher information of each parameter.
 
     F = 1/N sum_x sum_c p(c|x) (d log p(c|x) / d theta)^2 over the N examples x and all classes c with `expected`; over the labels

@@ -91,11 +91,15 @@ class Recipe:
         """The place of a part of the recipe, as `file:line:column`, or as its keys where it has no file."""
         return place_in(self._document, path, key)
 
-    def with_artifacts(self, sources: Mapping[str, ArtifactSource]) -> Recipe:
-        """The same recipe with artifacts in the place of these nodes; what it says of itself stays as it was."""
+    def with_made(self, sources: Mapping[str, ArtifactSource | ModelSource]) -> Recipe:
+        """The same recipe with artifacts or models in the place of these nodes; what it says of itself stays as it was."""
         found = object.__new__(Recipe)
         found.__dict__.update(self.__dict__)
-        found.artifacts = {**self.artifacts, **sources}
+        found.models = {**self.models, **{n: one for n, one in sources.items() if isinstance(one, ModelSource)}}
+        found.artifacts = {
+            **self.artifacts,
+            **{n: one for n, one in sources.items() if isinstance(one, ArtifactSource)},
+        }
         found.nodes = {name: node for name, node in self.nodes.items() if name not in sources}
         return found
 

@@ -244,10 +244,15 @@ class OutputSection(_Section):
     )
 
 
+_DATA: Any = (Text, Field(min_length=1, description="What it is run on: a name from `data:`."))
+
+
 @lru_cache(maxsize=256)
 def input_section(op_class: type[Op]) -> type[BaseModel]:
     """The grammar of one input of an op: the model, its own base, and the parameters an input may give for itself."""
     fields: dict[str, Any] = {"model": (Reference, Field())}
+    if issubclass(op_class, StageOp) and op_class.needs_data:
+        fields["data"] = _DATA
     if op_class.needs_base or op_class.may_base:
         fields["base"] = (
             Reference | None,
@@ -283,9 +288,7 @@ def node_section(op_class: type[Op]) -> type[BaseModel]:
     """The grammar of a node with this op, made from the op's class."""
     word: Any = Literal[op_class.name]
     fields: dict[str, Any] = {"op": (word, Field(description=_summary(op_class)))}
-    if issubclass(op_class, StageOp):
-        fields |= _stage_fields(op_class)
-    elif op_class.takes == "model":
+    if op_class.takes == "model":
         fields["model"] = (Reference, Field())
     elif op_class.takes == "emr":
         fields["emr"] = (Reference, Field(description="A node with `op: emr`, or an artifact that one made."))
@@ -332,18 +335,24 @@ def node_section(op_class: type[Op]) -> type[BaseModel]:
         else:
             fields[name] = (info.annotation, info)
     if issubclass(op_class, StageOp):
+        fields |= _stage_fields(op_class)
         return create_model(f"{op_class.__name__}Node", __base__=_Section, __doc__=_summary(op_class), **fields)
     base = _Section if op_class.takes in ("rules", "layers", "emr") else _NodeSection
     return create_model(f"{op_class.__name__}Node", __base__=base, __doc__=_summary(op_class), **fields)
 
 
 def _stage_fields(op_class: type[StageOp]) -> dict[str, Any]:
-    """What a stage's node says beside its op's own parameters."""
-    fields: dict[str, Any] = {"model": (Reference, Field(description="The model that is run."))}
-    if op_class.needs_data:
-        fields["data"] = (Text, Field(min_length=1, description="What it is run on: a name from `data:`."))
-    fields["only"] = (Patterns | None, Field(default=None, description="The tensors whose statistics are collected."))
-    fields["seed"] = (Count | None, Field(default=None, description="Seed of the stage; default: the recipe's."))
+    """What a stage's node says beside its op's own parameters and its models."""
+    fields: dict[str, Any] = {}
+    about = "The tensors that are solved; default: every linear weight."
+    if op_class.takes == "model":
+        fields["model"] = (Reference, Field(description="The model that is run."))
+        if op_class.needs_data:
+            fields["data"] = _DATA
+        about = "The tensors whose statistics are collected."
+    fields["only"] = (Patterns | None, Field(default=None, description=about))
+    if op_class.seeded:
+        fields["seed"] = (Count | None, Field(default=None, description="Seed of the stage; default: the recipe's."))
     return fields
 
 

@@ -85,6 +85,8 @@ class Input:
     base: str | None = None
     keys: Mapping[str, str] = field(default_factory=dict)
     by_names: bool = False
+    data: str | None = None
+    """What a stage runs the model on: a name from `data:`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,7 +112,6 @@ class Node:
     extra: Any = "error"
     vocab: str = "error"
     seed: int | None = None
-    data: str | None = None
     path: Path = ()
 
     @property
@@ -646,10 +647,8 @@ class _Parser:
                 "So every tensor has a model.",
             )
             return None
-        data = getattr(section, "data", None)
-        if data is not None and data not in self.sources and isinstance(self.document.data.get("data") or {}, dict):
-            listed = f"There are {', '.join(self.sources)}." if self.sources else "Name a file under `data:`."
-            self.problem(f"there is no data {_shown(data)}", (*path, "data"), _near(data, self.sources) or listed)
+        for index, item in enumerate(items):
+            self.check_data(getattr(item, "data", None), path if single else (*path, op_class.takes, index))
         op = self.op(op_class, section, () if single else items, path)
         if op is None:
             return None
@@ -660,7 +659,7 @@ class _Parser:
         if others is not None and only is None and not op_class.matrices_only:
             fix = "Say which tensors the op acts on by `only:`, or leave `others` out."
             self.problem("`others` needs `only`", (*path, "others"), fix, key=True)
-        words = ("missing", "mismatch", "extra", "vocab", "seed", "data")
+        words = ("missing", "mismatch", "extra", "vocab", "seed")
         return Node(
             name=name,
             op=op,
@@ -670,6 +669,7 @@ class _Parser:
                     None if single else getattr(item, "base", None),
                     {key: getattr(item, key) for key in op_class.input_keys if getattr(item, key) is not None},
                     by_names=getattr(item, "for", "model") == "names",
+                    data=getattr(item, "data", None),
                 )
                 for item in items
             ),
@@ -682,6 +682,12 @@ class _Parser:
             path=path,
             **{word: getattr(section, word) for word in words if hasattr(section, word)},
         )
+
+    def check_data(self, name: str | None, at: Path) -> None:
+        """What a stage runs a model on must be there."""
+        if name is not None and name not in self.sources and isinstance(self.document.data.get("data") or {}, dict):
+            listed = f"There are {', '.join(self.sources)}." if self.sources else "Name a file under `data:`."
+            self.problem(f"there is no data {_shown(name)}", (*at, "data"), _near(name, self.sources) or listed)
 
     def op(self, op_class: type[Op], section: Any, items: Sequence[Any], path: Path) -> Op | None:
         """The op with its parameters: a setting that inputs give for themselves becomes one for each input."""

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mergeflow.errors import Interrupted
-from mergeflow.ops.statistics import ActAbsmean, FisherDiag, Gram, GramDiag, InputMean, StageOp
+from mergeflow.ops.statistics import ActAbsmean, FisherDiag, Gram, GramDiag, InputMean, StatisticsOp
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -40,7 +40,7 @@ class StageJob:
     the bytes that it may hold; `progress` is told what is being done, how many since it was last told, and of how many.
     """
 
-    op: StageOp
+    op: StatisticsOp
     model: Path
     source: Mapping[str, Any]
     data: DataSource | None
@@ -70,7 +70,7 @@ class Predicted:
     skipped: Mapping[str, str]
 
 
-RUNNERS: Mapping[type[StageOp], str] = {
+RUNNERS: Mapping[type[StatisticsOp], str] = {
     Gram: "mergeflow.stages.collecting",
     GramDiag: "mergeflow.stages.collecting",
     InputMean: "mergeflow.stages.collecting",
@@ -86,7 +86,7 @@ def run_stage(job: StageJob) -> None:
 
 
 def predict(
-    op: StageOp, model: Path, only: tuple[str, ...] | None = None, checkpoint: Checkpoint | None = None
+    op: StatisticsOp, model: Path, only: tuple[str, ...] | None = None, checkpoint: Checkpoint | None = None
 ) -> Predicted:
     """What a run would write, from config.json and headers alone: no weight is read and no data.
 

@@ -27,7 +27,7 @@ from mergeflow import __version__
 from mergeflow.checkpoint.statistics import STATISTICS, Codec, Facts, Kind, ModelNote, encode, stored
 from mergeflow.checkpoint.statistics import StageOp as OpNote
 from mergeflow.errors import InputError, NumericError, RecipeError
-from mergeflow.ops.statistics import Gram, StageOp
+from mergeflow.ops.statistics import Gram, StatisticsOp
 from mergeflow.settings import matches, places
 from mergeflow.stages import Predicted, StageJob, data, models, naming
 
@@ -504,12 +504,12 @@ class Kept(Mapping[str, "Tensor"]):
         return len(self.files)
 
 
-def codec_of(op: StageOp) -> Codec:
+def codec_of(op: StatisticsOp) -> Codec:
     """How an op's statistics are stored."""
     return op.codec if isinstance(op, Gram) else "float32"
 
 
-def accumulator(op: StageOp) -> torch.dtype:
+def accumulator(op: StatisticsOp) -> torch.dtype:
     """The dtype of an op's running means."""
     import torch
 
@@ -589,13 +589,13 @@ def _collect(job: StageJob, folder: models.Folder, examples: data.Examples) -> C
     return Collected(groups, rows, collector.lost, collector.transposed, len(collector.dropped), tokens, kept)
 
 
-def keep(kept: Kept, op: StageOp, name: str, moments: Moments, rows: dict[str, int]) -> None:
+def keep(kept: Kept, op: StatisticsOp, name: str, moments: Moments, rows: dict[str, int]) -> None:
     """Put away what has been collected of a group."""
     kept.add(encode(kind_of(op), codec_of(op), name, moments.mean))
     rows[name] = moments.rows
 
 
-def kind_of(op: StageOp) -> Kind:
+def kind_of(op: StatisticsOp) -> Kind:
     """What an op collects."""
     return op.kind
 
@@ -658,7 +658,7 @@ def _write(job: StageJob, examples: data.Examples, collected: Collected) -> None
     shutil.rmtree(collected.kept.folder, ignore_errors=True)
 
 
-def metadata(op: StageOp) -> dict[str, str]:
+def metadata(op: StatisticsOp) -> dict[str, str]:
     """What the headers of a statistics folder say."""
     import json
 
@@ -686,7 +686,7 @@ def software() -> dict[str, str]:
 # Predicting
 
 
-def predict(op: StageOp, folder: models.Folder, only: tuple[str, ...] | None = None) -> Predicted:
+def predict(op: StatisticsOp, folder: models.Folder, only: tuple[str, ...] | None = None) -> Predicted:
     """What a run would write, from a run of the model on the meta device: no weight is read and no data."""
     import torch
 

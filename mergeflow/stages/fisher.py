@@ -30,7 +30,7 @@ from mergeflow.checkpoint.statistics import PREFIX, STATISTICS, Facts, ModelNote
 from mergeflow.checkpoint.statistics import StageOp as OpNote
 from mergeflow.errors import InputError, Interrupted, NumericError, RecipeError
 from mergeflow.ops.draws import draw_key, uniform
-from mergeflow.ops.statistics import Estimator, FisherDiag, StageOp
+from mergeflow.ops.statistics import Estimator, FisherDiag, StatisticsOp
 from mergeflow.settings import matches, places
 from mergeflow.stages import Predicted, StageJob, collecting, data, models, naming
 
@@ -661,7 +661,7 @@ def run(job: StageJob) -> None:
         _write(job, op, examples, found, placed)
 
 
-def predict(op: StageOp, folder: models.Folder, only: tuple[str, ...] | None = None) -> Predicted:
+def predict(op: StatisticsOp, folder: models.Folder, only: tuple[str, ...] | None = None) -> Predicted:
     """What a run would write, from config.json and headers: a tensor in the shape of each parameter that is stored."""
     _task(_checked(op), folder)
     empty = models.empty_model(folder)
@@ -715,7 +715,7 @@ def _place(model: nn.Module, names: naming.Names, folder: models.Folder, only: t
     return _Placed(kept, parameters, collecting.skipped(skipped, only))
 
 
-def _checked(op: StageOp) -> FisherDiag:
+def _checked(op: StatisticsOp) -> FisherDiag:
     if not isinstance(op, FisherDiag):
         raise TypeError(f"{op.name} is not run here")
     return op

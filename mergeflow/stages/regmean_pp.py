@@ -30,7 +30,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mergeflow.errors import Interrupted, MachineError, RecipeError
-from mergeflow.ops.regmean import RegMean
+from mergeflow.hub import SMALL_FILE
+from mergeflow.ops.base import numbers
+from mergeflow.ops.regmean_pp import RegMeanPP
+from mergeflow.settings import places
 from mergeflow.stages import Write, collecting, data, models, naming, walking
 
 if TYPE_CHECKING:
@@ -40,27 +43,43 @@ if TYPE_CHECKING:
     from mergeflow.stages.data import Batch
 
 
+METADATA = {"format": "pt"}
+"""What the headers of a merged model say beside its tensors: it is a checkpoint like any."""
+
+SIDE_FILES = (".json", ".txt", ".model", ".jinja", ".tiktoken")
+"""Files beside the first model's weights that go with the merged one as they are, so that it opens: config, tokenizer, template."""
+
+
+def is_side_file(name: str) -> bool:
+    """Whether a file of the first model goes with the merged one."""
+    return "/" not in name and name.endswith(SIDE_FILES) and not name.endswith((".index.json", "mergeflow.json"))
+
+
+def side_files(folder: Path) -> dict[str, bytes]:
+    """The first model's side files by name; what is too large for one, no output copies either."""
+    found = [path for path in sorted(folder.iterdir()) if is_side_file(path.name) and path.is_file()]
+    return {path.name: path.read_bytes() for path in found if path.stat().st_size <= SMALL_FILE}
+
+
 @dataclass(frozen=True)
 class Candidate:
-    """A model to merge: a local Hugging Face folder, the data its Grams are to be of, and its share."""
+    """A model to merge: a local Hugging Face folder, and the data its Grams are to be of."""
 
     model: Path
     data: DataSource
-    weight: float = 1.0
 
 
 @dataclass(frozen=True)
 class MergeJob:
-    """One merge. `op` says how a weight is solved; `only` which are; the rest is as in `StageJob`."""
+    """One merge. `op` says how a weight is solved, with its settings over the model; `only` which are; the rest is as in
+    `StageJob`."""
 
-    op: RegMean
+    op: RegMeanPP
     candidates: tuple[Candidate, ...]
     folder: Path
     work: Path
     write: Write
     only: tuple[str, ...] | None = None
-    batch_size: int = 8
-    max_length: int | None = None
     device: str = "cpu"
     memory: int = 2 << 30
     threads: int = 1
@@ -77,26 +96,20 @@ def run(job: MergeJob) -> None:
     import torch
 
     folders = [models.open_folder(one.model) for one in job.candidates]
-    _check(job, folders)
+    check(job.op, folders)
+    _check_memory(job, folders)
     with collecting.threads(job.threads), torch.no_grad():
         sides = [_load(job, number, folder) for number, folder in enumerate(folders)]
         merging = _Merging(job, sides, models.load_model(folders[0], job.device))
         merging.walk()
-        job.write(_Written(merging), {}, {"format": "pt"})
+        job.write(_Written(merging), side_files(folders[0].path), METADATA)
 
 
-def _check(job: MergeJob, folders: Sequence[models.Folder]) -> None:
+def check(op: RegMeanPP, folders: Sequence[models.Folder]) -> None:
+    """Raises RecipeError for what headers and configs show to be no merge: before anything runs, and for a plan."""
     if len(folders) < 2:
         raise RecipeError("regmean_pp merges two models or more")
-    if job.op.reference != "mean" or job.op.scale != 1:
-        raise RecipeError(
-            "regmean_pp corrects the mean, and takes no base",
-            fix="Leave out `reference` and `scale`, or use `op: regmean`.",
-        )
-    if any(not 0 <= one.weight < float("inf") for one in job.candidates) or not any(
-        one.weight for one in job.candidates
-    ):
-        raise RecipeError("the weights of regmean_pp are numbers of 0 or more, and not all 0")
+    resolved(op, folders[0], len(folders))
     if folders[0].task == "seq2seq":
         raise RecipeError(f"{folders[0].architecture} has two stacks of blocks", fix="Use `op: regmean`.")
     first = naming.shapes(folders[0].checkpoint)
@@ -109,6 +122,17 @@ def _check(job: MergeJob, folders: Sequence[models.Folder]) -> None:
                 f"{list(other[odd]) if odd in other else 'not there'} in {folder.path.name}",
                 fix="regmean_pp merges models of the same tensors.",
             )
+
+
+def resolved(op: RegMeanPP, folder: models.Folder, count: int) -> dict[str, RegMeanPP]:
+    """The op at each tensor of so many models like this. Raises RecipeError where a setting has no value or weights are all 0."""
+    return {
+        name: op.resolved(op.values_at(place, range(count)))
+        for name, place in places(folder.checkpoint.tensors).items()
+    }
+
+
+def _check_memory(job: MergeJob, folders: Sequence[models.Folder]) -> None:
     elements = sum(tensor.elements for tensor in folders[0].checkpoint.tensors.values() if tensor.dtype.kind == "float")
     needed = (len(folders) + 1) * elements * models.compute_dtype(folders[0]).itemsize
     if needed > job.memory:
@@ -128,12 +152,11 @@ class _Side:
     collector: collecting.Collector
     blocks: Sequence[nn.Module]
     outputs: walking._Outputs
-    weight: float
 
 
 def _load(job: MergeJob, number: int, folder: models.Folder) -> _Side:
     candidate = job.candidates[number]
-    examples = data.read_examples(candidate.data, job.folder, folder, job.max_length)
+    examples = data.read_examples(candidate.data, job.folder, folder, job.op.max_length)
     model = models.load_model(folder, job.device)
     collecting.settle(model, examples)
     names = naming.checked(naming.names_of(model, naming.shapes(folder.checkpoint)), model, folder.checkpoint)
@@ -145,7 +168,6 @@ def _load(job: MergeJob, number: int, folder: models.Folder) -> _Side:
         collecting.Collector(model, names, "gram", models.compute_dtype(folder), job.device),
         blocks_of(model, folder),
         walking._Outputs(job.work / f"outputs-{number}", share),
-        candidate.weight,
     )
 
 
@@ -189,6 +211,7 @@ class _Merging:
             for piece in pieces:
                 self.pieces.setdefault(piece.tensor, []).append(piece)
         self.state: dict[str, Tensor] = self.model.state_dict()
+        self.at = resolved(self.job.op, first.folder, len(self.sides))
 
     def walk(self) -> None:
         """Merge from the first block to what comes behind the last."""
@@ -209,8 +232,8 @@ class _Merging:
 
     def told(self, side: _Side) -> Iterator[Batch]:
         """The batches of a model's data, with a look at `stop` before each and word of each."""
-        total = sum(data.batches_of(len(one.examples.examples), self.job.batch_size) for one in self.sides)
-        for batch in side.examples.batches(self.job.batch_size, self.job.device):
+        total = sum(data.batches_of(len(one.examples.examples), self.job.op.batch_size) for one in self.sides)
+        for batch in side.examples.batches(self.job.op.batch_size, self.job.device):
             if self.job.stop.is_set():
                 raise Interrupted("stopped while blocks were merged")
             yield batch
@@ -301,8 +324,8 @@ class _Merging:
         """Solve the weights whose layers the runs call, one run for each model, and put them into the merged model."""
         found: list[dict[str, collecting.Moments]] = []
         for side, run in zip(self.sides, runs, strict=True):
-            count = data.batches_of(len(side.examples.examples), self.job.batch_size)
-            first = next(iter(side.examples.batches(self.job.batch_size, self.job.device)))
+            count = data.batches_of(len(side.examples.examples), self.job.op.batch_size)
+            first = next(iter(side.examples.batches(self.job.op.batch_size, self.job.device)))
             groups = collecting.chosen(side.collector.learn(partial(run, first)), self.job.only)
             moments = side.collector.measure(groups, self.told(side), run)
             collecting.check_dropped(side.collector.dropped, count)
@@ -316,9 +339,9 @@ class _Merging:
         """A weight, by the Grams of its inputs."""
         from mergeflow.ops.base import Block
 
-        op = self.job.op
+        op = self.at[name].solving()
         shape = self.sides[0].folder.checkpoint.tensors[name].shape
-        weights = [side.weight for side in self.sides]
+        weights = list(numbers(op.weight))
         if op.weigh_by == "tokens":
             weights = [weight * one.rows for weight, one in zip(weights, moments, strict=True)]
         if not any(weights):
@@ -349,10 +372,11 @@ class _Merging:
         if not first.is_floating_point():
             return first
         total = torch.zeros(first.shape, dtype=torch.float64)
-        for side in self.sides:
-            if side.weight:
-                total += self.read(side, name).to(torch.float64) * side.weight
-        return total.div_(sum(side.weight for side in self.sides)).to(first.dtype)
+        weights = numbers(self.at[name].weight)
+        for side, weight in zip(self.sides, weights, strict=True):
+            if weight:
+                total += self.read(side, name).to(torch.float64) * weight
+        return total.div_(sum(weights)).to(first.dtype)
 
     def put(self, name: str, value: Tensor) -> None:
         """Put a checkpoint's tensor into the merged model's parameters."""
