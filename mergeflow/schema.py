@@ -602,7 +602,7 @@ def _takes(op: type[Op]) -> str:
             count = f"{op.fewest} to {op.most}"
         words = f"inputs: {count}, models or nodes"
         if issubclass(op, StageOp):
-            words = f"inputs: {count}, of {{model: ..., data: ...}}, models or nodes, each with a name from `data:`"
+            words = f"inputs: {count}, of {{model: ..., data: ...}}: models or nodes, each with a name from `data:`"
         if op.input_keys:
             own = ", ".join(f"{key}: ..." for key in op.input_keys)
             words = f"inputs: {count}, of {{model: ..., {own}}}"

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from pages import write_examples
 from test_stages import artifacts, key_of, keys, made_before, mlp, rows, weights, write_recipe
 from toys import call
 
@@ -169,6 +170,16 @@ def test_nodes_are_merged_and_what_was_merged_is_run_by_other_stages(here: Path)
     pipeline.run(given(here, {"half": half}), "half", threads=1)
     merged = directly(here, RegMeanPP(weight=Each((1.0, 1.0))), ("half", ROWS), ("b", MORE))
     assert_same(weights(here / "cache/artifacts" / keys(result)["merged"]), merged)
+
+
+def test_a_language_model_keeps_the_tokenizer_of_the_first(here: Path) -> None:
+    write_examples(here, [RegMeanPP])
+    result = pipeline.run(load_recipe(here / "regmean_pp.yaml"), "one", threads=1)
+    folder = here / "cache/artifacts" / keys(result)["merged"]
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        wanted = (here / "first" / name).read_bytes()
+        assert (folder / name).read_bytes() == (here / "one" / name).read_bytes() == wanted
+    assert weights(here / "one").keys() == weights(here / "first").keys()
 
 
 def test_the_picture_joins_each_datum_to_the_merge(here: Path) -> None:

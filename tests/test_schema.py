@@ -346,7 +346,8 @@ def test_the_schema_refuses_nothing_that_the_parser_accepts(draw: st.DataObject)
         keys = ["model", "base", "weight", "density", "only", "others", "match", "value", "op", "seed", "t", "scale"]
         holder[draw.draw(st.sampled_from(keys))] = draw.draw(st.sampled_from(values))
     # No checkpoint or file is called by a number, so the schema may say so where the parser takes the scalar as written.
-    models = [model if isinstance(model, dict) else {"path": model} for model in data["models"].values()]
+    sources = [*data["models"].values(), *(data.get("data") or {}).values()]
+    models = [model if isinstance(model, dict) else {"path": model} for model in sources]
     assume(not any(isinstance(model.get(key), int | float) for model in models for key in ("path", "file")))
     if accepted_by_the_parser(data):
         assert not complaint(data)
