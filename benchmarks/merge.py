@@ -3,8 +3,9 @@
     python benchmarks/merge.py --mergekit ENVIRONMENT/bin/mergekit-yaml --pairs 5 --markdown table.md
     python benchmarks/merge.py --size small --cases linear,ties --pairs 1          (a quick trial)
 
-There is a case for every op, and mergekit takes part where it has the method. Ops that decompose whole matrices run at one
-layer's attention only, since their time grows with the third power of a matrix's side; the table says so.
+There is a case for every op but the stages, which run a model on data, and mergekit takes part where it has the method. Ops
+that decompose whole matrices run at one layer's attention only, since their time grows with the third power of a matrix's
+side, and those that need statistics on small models, with statistics of random numbers; the table says so.
 
 Models are made once in the work folder and kept: a base of normal numbers, and fine-tunes that are the base plus small
 noise, rounded to bfloat16, so that many of their changes are exactly zero or equal in size, as in real fine-tunes. Each
@@ -370,6 +371,11 @@ class Case:
     shape: str = ""  # default: the size of the command line
     floor: bool = False
     about: str = ""  # what is not as it seems
+    statistics: str = ""  # the key of each input that names statistics: gram or fisher
+
+    def artifacts(self) -> tuple[str, ...]:
+        """The names of the statistics that the node reads: one for each model."""
+        return tuple(f"{name}_{self.statistics}" for name in self.models) if self.statistics else ()
 
     def node_of(self, shape: Shape) -> dict[str, Any]:
         """The node for models of a shape."""
@@ -418,6 +424,63 @@ def on_matrices(op: str, **parameters: Any) -> Case:
     """An op that decomposes whole matrices, at the attention of one layer; all else is the mean."""
     node = {"op": op, "base": "base", "inputs": list(AB), "only": PART, "others": "mean", **parameters}
     return Case(BASE_AB, node, about=f"only at {PART}, the mean elsewhere")
+
+
+def with_statistics(op: str, key: str) -> Case:
+    """An op that reads statistics beside each input, on models small enough that making them is no work."""
+    inputs = [{"model": name, key: f"{name}_{key}", "for": "names"} for name in AB]
+    about = f"on models of {SHAPES['small'].hidden} dimensions, with statistics of random numbers"
+    return Case(AB, {"op": op, "inputs": inputs}, shape="small", about=about, statistics=key)
+
+
+def make_statistics(folder: Path, shape: Shape, key: str, number: int) -> Path:
+    """A folder of Grams, or of Fisher diagonals, for models of a shape, made where it is missing.
+
+    The Gram of d channels is that of 2 d rows of random numbers, the more alike the channels the later they stand; what q, k and
+    v read is one, and so is what gate and up read. A Fisher diagonal is the square of a random number at every parameter.
+    """
+    import torch
+    from safetensors.torch import save_file
+
+    from mergeflow.checkpoint.statistics import Facts, ModelNote, StageOp, encode
+
+    if (folder / "statistics.json").is_file():
+        return folder
+    print(f"making {folder}", file=sys.stderr)
+    folder.mkdir(parents=True, exist_ok=True)
+    draw = torch.Generator().manual_seed(number)
+    kind: Any = "gram" if key == "gram" else "fisher_diag"
+    codec: Any = "correlation16" if key == "gram" else "float32"
+    first = {"k_proj": "q_proj", "v_proj": "q_proj", "up_proj": "gate_proj"}
+    groups: dict[str, str] = {}
+    tensors: dict[str, Any] = {}
+    for name, sizes in shape.tensors().items():
+        if key == "fisher":
+            tensors |= encode(kind, codec, name, torch.randn(sizes, generator=draw).square_())
+        elif len(sizes) == 2 and "embed" not in name:
+            last = name.split(".")[-2]
+            groups[name] = name.replace(last, first.get(last, last))
+            if groups[name] == name:
+                rows = torch.randn((2 * sizes[1], sizes[1]), generator=draw, dtype=torch.float64)
+                rows += torch.linspace(0, 1, sizes[1]) * rows[:, :1]
+                tensors |= encode(kind, codec, name, rows.T @ rows / len(rows))
+    facts = Facts(
+        kind=kind,
+        codec=codec,
+        op=StageOp(name=kind),
+        model=ModelNote(digest="0" * 64),
+        n_examples=2 * shape.ffn,
+        n_tokens=8 * shape.ffn,
+        groups=groups,
+    )
+    metadata = {
+        "format": "pt",
+        "mergeflow.space": "statistics",
+        "mergeflow.artifact": json.dumps({"kind": kind}),
+    }
+    save_file(tensors, folder / "model.safetensors", metadata)
+    (folder / "statistics.json").write_bytes(facts.encoded())  # last: its presence says that all is there
+    return folder
 
 
 def stacked(shape: Shape) -> dict[str, Any]:
@@ -513,7 +576,11 @@ CASES = {
     "star": on_matrices("star"),
     "cart": on_matrices("cart"),
     "wudi": on_matrices("wudi", steps=20),
+    "regmean": with_statistics("regmean", "gram"),
+    "fisher": with_statistics("fisher", "fisher"),
 }
+NO_CASE = ("gram", "gram_diag", "input_mean", "act_absmean", "fisher_diag")
+"""Stages: their time is that of a model on data, which these checkpoints have no use for."""
 OTHER_CASES = ("threads", "plan", "cgroup")
 
 
@@ -541,13 +608,29 @@ class Bench:
         made = make_models(self.work / shape, SHAPES[shape], BASE_AB, self.options.shards if shape != "tiny" else 1)
         return {name: made[name] for name in names}
 
-    def recipe(self, models: Mapping[str, Path], nodes: Mapping[str, Any], like: str) -> Path:
+    def statistics(self, case: Case) -> dict[str, Path]:
+        """What the node of a case reads beside its models, by name, made if need be."""
+        home = self.work / (case.shape or self.options.size)
+        shape = SHAPES[case.shape or self.options.size]
+        return {
+            name: make_statistics(home / name, shape, case.statistics, number)
+            for number, name in enumerate(case.artifacts(), start=1)
+        }
+
+    def recipe(
+        self,
+        models: Mapping[str, Path],
+        nodes: Mapping[str, Any],
+        like: str,
+        artifacts: Mapping[str, Path] | None = None,
+    ) -> Path:
         """Write a recipe (JSON is YAML) and give its path."""
         path = self.work / "recipe.yaml"
         text = {
             "recipe": 1,
             "name": "benchmark",
             "models": {name: str(folder) for name, folder in models.items()},
+            **({"artifacts": {name: str(folder) for name, folder in artifacts.items()}} if artifacts else {}),
             "nodes": dict(nodes),
             "output": {"like": like},
         }
@@ -557,7 +640,7 @@ class Bench:
     def mergeflow(self, case: Case, models: Mapping[str, Path], *more: str, before: Any = None) -> Run:
         """One run of mergeflow, its output deleted afterwards."""
         shape = SHAPES[case.shape or self.options.size]
-        recipe = self.recipe(models, {"merged": case.node_of(shape)}, case.models[0])
+        recipe = self.recipe(models, {"merged": case.node_of(shape)}, case.models[0], self.statistics(case))
         out = self.work / "out-mergeflow"
         for left in (out, self.work / ".out-mergeflow.staging"):
             shutil.rmtree(left, ignore_errors=True)
@@ -852,6 +935,8 @@ def lines_of(report: Report) -> list[str]:
         if "about" in found:
             abouts.setdefault(found["about"], []).append(name)
     lines += [f"{', '.join(names)}: {about}" for about, names in abouts.items()]
+    if report.cases.keys() >= CASES.keys():
+        lines.append(f"{', '.join(NO_CASE)}: not measured here, since stages run a model on data")
     for name, found in report.cases.items():
         for way, seconds in found.get("floor", {}).items():
             ratio = found["against_floor"].get(way)

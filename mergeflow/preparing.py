@@ -299,6 +299,7 @@ def _data_identity(recipe: Recipe, node: Node, data: DataSource) -> Any:
     where = recipe.where(("data", str(node.data)))
     digest = blake3()
     try:
+        path.stat()  # says why, which the error of a map does not
         files = sorted(one for one in path.rglob("*") if one.is_file()) if path.is_dir() else [path]
         for file in files:
             digest.update(str(file.relative_to(path) if path.is_dir() else file.name).encode() + b"\0")

@@ -28,6 +28,7 @@ from pydantic_core import core_schema
 from mergeflow.errors import RecipeError
 from mergeflow.ops import Op, all_ops, op_named
 from mergeflow.ops.base import Space
+from mergeflow.ops.statistics import StageOp, collector_of
 from mergeflow.recipe import (
     NAME,
     RECIPE_NAME,
@@ -50,9 +51,12 @@ SIZE = r"^\s*\d+(\.\d+)?\s*([kKMGT]i?)?B\s*$"
 
 Schema = dict[str, Any]
 
-_GRAMMAR = ("op", "base", "model", "emr", "inputs", "rules", "layers", "rest")
+_GRAMMAR = ("op", "base", "model", "emr", "data", "inputs", "rules", "layers", "rest")
+_WORDS = ("revision", "subfolder", "split", "text", "template", "messages", "features", "label")
 _LISTED = ("inputs", "layers")
 """The lists whose items are sections of the op's own."""
+_SAID = {"fisher_diag": {"estimator": "sampled"}}
+"""What an op says in an example in place of a default that is not for every model."""
 _REFS = "#/definitions/{model}"
 _SHARED_FROM = 3
 _WORTH_SHARING = 200
@@ -114,7 +118,16 @@ def recipe_schema(ops: Iterable[type[Op]] | None = None) -> Schema:
         "data": {
             "type": ["object", "null"],
             "propertyNames": {"pattern": NAME},
-            "additionalProperties": {"anyOf": [{"type": "string", "minLength": 1}, _ref("data")]},
+            "additionalProperties": {
+                "anyOf": [
+                    {
+                        "type": "string",
+                        "minLength": 1,
+                        "description": "A file or folder (./x), or a hub data set (owner/name).",
+                    },
+                    _ref("data"),
+                ]
+            },
             "description": "What stages run models on, by the names that the recipe calls it.",
         },
         "nodes": {**nodes, "description": "The graph: each node is an op with its inputs, which are models or nodes."},
@@ -242,9 +255,15 @@ def _definitions(ops: Sequence[type[Op]]) -> dict[str, Schema]:
     inputs = [f"input.{op.name}" for op in ops if op.takes in _LISTED]
     for name in ("others.model", "rule.select", "rest.stack", *inputs):
         _open_references(sections[name])
-    _open_model(sections["model"])
-    _open_model(sections["artifact"])
-    _open_words(sections["data"], ("split", "revision", "text", "label", "template", "messages", "features"))
+    for op in ops:
+        if op.takes in _LISTED:
+            _open_references(sections[f"input.{op.name}"], op.input_keys)
+    for name in ("model", "artifact", "data"):
+        _open_words(sections[name])
+    sections["model"]["oneOf"] = [
+        {"required": ["path"]},
+        {"required": ["adapter"], "not": {"anyOf": [{"required": ["file"]}, {"required": ["space"]}]}},
+    ]
     for name in (f"input.{op.name}" for op in ops if op.takes == "layers"):
         own = sections[name]["properties"]["take"]
         words = {"type": ["integer", "string"], "minimum": 0, "pattern": f"{TAKE}|{VARIABLE}"}
@@ -309,28 +328,19 @@ def _adapted(value: Any, called: Mapping[str, str]) -> Any:
     return found
 
 
-def _open_references(section: Schema) -> None:
-    """Let a node stand in place where a section names a model."""
-    for key in ("model", "emr", "base"):
+def _open_references(section: Schema, keys: Sequence[str] = ("model", "emr", "base")) -> None:
+    """Let a node stand in place where a section names a model, or what goes with it."""
+    for key in keys:
         own = section["properties"].get(key)
         if own is not None:
             section["properties"][key] = {"allOf": [_ref("reference")], "description": own["description"]}
 
 
-def _open_model(section: Schema) -> None:
-    """Let scalars stand that are taken as they are written: `revision: 0123`; a model is a checkpoint or an adapter."""
-    for key in ("revision", "subfolder"):
-        section["properties"][key]["type"] = ["string", "number", "boolean"]
-    section["oneOf"] = [
-        {"required": ["path"]},
-        {"required": ["adapter"], "not": {"anyOf": [{"required": ["file"]}, {"required": ["space"]}]}},
-    ]
-
-
-def _open_words(section: Schema, keys: Iterable[str]) -> None:
-    """Let scalars stand that are taken as they are written: `label: 1` names the column 1."""
-    for key in keys:
-        section["properties"][key]["type"] = ["string", "number", "boolean"]
+def _open_words(section: Schema) -> None:
+    """Let scalars stand that are taken as they are written: `revision: 0123`."""
+    for key in _WORDS:
+        if key in section["properties"]:
+            section["properties"][key]["type"] = ["string", "number", "boolean"]
 
 
 def _open_node(op: type[Op], section: Schema) -> None:
@@ -345,7 +355,8 @@ def _open_node(op: type[Op], section: Schema) -> None:
         properties["rest"] = {"anyOf": [_ref("rest.stack"), _ref("node")], "description": given["description"]}
     elif op.takes in ("inputs", "rules"):
         key = op.takes
-        items = {"anyOf": [name, properties[key]["items"], _ref("node")]}
+        alone = properties[key]["items"]
+        items = alone if set(op.input_keys) - set(op.optional_keys) else {"anyOf": [name, alone, _ref("node")]}
         bounds = {"minItems": op.fewest, **({"maxItems": op.most} if op.most is not None else {})}
         rest = {"contains": {"properties": {"match": False}}} if key == "rules" else {}
         properties[key] = {
@@ -401,20 +412,19 @@ def _short(name: str, info: FieldInfo) -> str:
     """A parameter with its default, told without a schema, which would take a second for all ops."""
     if info.is_required():
         return name
-    default = info.default
-    return f"{name}={_scalar(list(default) if isinstance(default, tuple) else default)}"
+    return f"{name}={_scalar(info.default)}"
 
 
 def ops_table(ops: Sequence[type[Op]] | None = None, *, markdown: bool = False) -> str:
     """Each op (default: all there are): what it does, its formula and paper, its parameters with their defaults."""
     rows = []
     for op in tuple(ops or all_ops().values()):
-        rows.append((op, " ".join(_short(name, info) for name, info in op.model_fields.items())))
+        rows.append((op, [_short(name, info) for name, info in op.model_fields.items()]))
     if not markdown:
         width = max(len(op.name) for op, _ in rows)
         lines = []
         for op, given in rows:
-            facts = [op.formula, given, op.paper or ""]
+            facts = [op.formula, " ".join(given), op.paper or ""]
             lines += [
                 f"{op.name:<{width}}  {_summary(op)}",
                 f"{'':<{width}}  {' | '.join(fact for fact in facts if fact)}",
@@ -422,7 +432,7 @@ def ops_table(ops: Sequence[type[Op]] | None = None, *, markdown: bool = False) 
         return "\n".join(lines) + "\n"
     lines = ["| op | what it does | formula | parameters | paper |", "| --- | --- | --- | --- | --- |"]
     for op, given in rows:
-        names = ", ".join(f"`{one}`" for one in given.split())
+        names = ", ".join(f"`{one}`" for one in given)
         cells = (f"`{op.name}`", _summary(op), f"`{op.formula}`", names, _link(op.paper))
         lines.append(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |")
     return "\n".join(lines) + "\n"
@@ -450,32 +460,50 @@ def op_page(name: str) -> str:
     every = [key for key in node_section(op).model_fields if key not in (*_GRAMMAR, *op.model_fields)]
     if every:
         parts.append(f"Keys of every node\n  {', '.join(every)}")
-    parts.append("Example\n" + "".join(f"  {line}".rstrip() + "\n" for line in example(op).splitlines()))
+    parts.append("Example\n" + "".join(f"  {line}".rstrip() + "\n" for line in example(op, parameters).splitlines()))
     return "\n\n".join(parts)
 
 
-def example(op: type[Op]) -> str:
-    """A small complete recipe with the op and each of its parameters."""
+def example(op: type[Op], parameters: Sequence[_Parameter] = ()) -> str:
+    """A small complete recipe with the op and each of its parameters, which may be given if they are known."""
     count = min(max(op.fewest, 2), op.most or 2)
     names = ["first", "second", "third", *(f"model_{i}" for i in range(4, count + 1))][:count]
     pair = op.takes in ("rules", "layers", "emr")
     models = [*(["base"] if op.needs_base else []), *(["first", "second"] if pair else names)]
     deltas = getattr(op, "deltas_only", False)
     items = [f"{{op: task_vector, base: base, model: {name}}}" if deltas else name for name in names]
+    data: list[str] = []
+    nodes = ["  kept: {op: emr, base: base, inputs: [first, second]}"] if op.takes == "emr" else []
+    if op.input_keys:
+        data = [f"  {name}_data: ./{name}.jsonl" for name in names]
+        nodes += [
+            f"  {name}_{key}: {{op: {kind}, model: {name}, data: {name}_data"
+            + "".join(f", {word}: {value}" for word, value in _SAID.get(kind, {}).items())
+            + "}"
+            for key, kind in ((key, collector_of(key)) for key in op.input_keys)
+            for name in names
+        ]
+        items = [f"{{model: {name}, {', '.join(f'{key}: {name}_{key}' for key in op.input_keys)}}}" for name in names]
+    stage = issubclass(op, StageOp)
+    if issubclass(op, StageOp) and op.needs_data:
+        data = ["  texts: ./texts.jsonl"]
     lines = [
         "recipe: 1",
         f"name: {op.name.replace('_', '-')}-example",
         "models:",
         *(f"  {name}: ./{name}" for name in models),
+        *(["data:", *data] if data else []),
         "nodes:",
-        *(["  kept: {op: emr, base: base, inputs: [first, second]}"] if op.takes == "emr" else []),
-        "  merged:",
+        *nodes,
+        "  collected:" if stage else "  merged:",
         f"    op: {op.name}",
     ]
     if op.needs_base:
         lines.append("    base: base")
     if op.takes == "model":
         lines.append(f"    model: {items[0]}")
+        if data:
+            lines.append("    data: texts")
     elif op.takes == "emr":
         lines.append("    emr: kept")
     elif op.takes == "rules":
@@ -489,11 +517,8 @@ def example(op: type[Op]) -> str:
         ]
     else:
         lines += ["    inputs:", *(f"      - {item}" for item in items)]
-    given = [
-        (f"    {one.name}: {_scalar(_sample(one))}", one.description)
-        for one in _parameters(op)
-        if _sample(one) is not None
-    ]
+    values = [(one, _SAID.get(op.name, {}).get(one.name, _sample(one))) for one in parameters or _parameters(op)]
+    given = [(f"    {one.name}: {_scalar(value)}", one.description) for one, value in values if value is not None]
     width = max((len(line) for line, _ in given), default=0)
     return "\n".join([*lines, *(f"{line:<{width}}  # {note}" for line, note in given)]) + "\n"
 
@@ -508,6 +533,8 @@ def _parameters(op: type[Op], sections: Mapping[str, Schema] | None = None) -> l
         schema: Schema = section["properties"][name]
         if "$ref" in schema:
             schema = definitions[schema["$ref"].rpartition("/")[2]]
+        if "allOf" in schema:
+            schema = {**definitions[schema["allOf"][0]["$ref"].rpartition("/")[2]], **schema}
         value = schema["oneOf"][0] if name in settings else schema
         found.append(
             _Parameter(
@@ -516,7 +543,7 @@ def _parameters(op: type[Op], sections: Mapping[str, Schema] | None = None) -> l
                 setting=name in settings,
                 per_input=name in settings and settings[name].per_input,
                 required=info.is_required(),
-                default=schema.get("default"),
+                default=info.default if isinstance(info.default, BaseModel) else schema.get("default"),
                 description=info.description or "",
                 schema=value,
             )
@@ -554,6 +581,8 @@ def _takes(op: type[Op]) -> str:
     """What a recipe gives the op to work on."""
     if op.takes == "model":
         words = "model: one model or node"
+        if issubclass(op, StageOp) and op.needs_data:
+            words += "; data: a name from `data:`"
     elif op.takes == "emr":
         words = "emr: a node with `op: emr`, or an artifact"
     elif op.takes == "rules":
@@ -568,6 +597,11 @@ def _takes(op: type[Op]) -> str:
         if op.most is not None and op.most != op.fewest:
             count = f"{op.fewest} to {op.most}"
         words = f"inputs: {count}, models or nodes"
+        if op.input_keys:
+            own = ", ".join(f"{key}: ..." for key in op.input_keys)
+            words = f"inputs: {count}, of {{model: ..., {own}}}"
+            for key in op.input_keys:
+                words += f"; {key}: a node with `op: {collector_of(key)}`, or an artifact"
     if op.may_base:
         return f"base: a model or node, if deltas are to be merged; {words}"
     return f"base: a model or node; {words}" if op.needs_base else words
@@ -637,6 +671,11 @@ def _sample(parameter: _Parameter) -> Any:
 
 def _scalar(value: Any) -> str:
     """A value as YAML writes it."""
+    if isinstance(value, BaseModel):
+        value = value.model_dump(mode="json", exclude_none=True)
+        return f"{{{', '.join(f'{key}: {_scalar(inner)}' for key, inner in value.items())}}}"
+    if isinstance(value, tuple):
+        value = list(value)
     if isinstance(value, str) and re.fullmatch(r"[A-Za-z_][A-Za-z0-9_-]*", value) and value.lower() not in _YAML_WORDS:
         return value
     return json.dumps(value)

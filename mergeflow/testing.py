@@ -29,11 +29,12 @@ from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar, get_args, get_origin
 
-from pydantic import TypeAdapter, ValidationError
+from pydantic import BaseModel, TypeAdapter, ValidationError
 
 from mergeflow.dtypes import BY_NAME, torch_dtype
 from mergeflow.errors import MachineError, RecipeError
 from mergeflow.ops.base import LEAF, Block, DeltaOp, Op, Reduction, cut_as, spread
+from mergeflow.ops.statistics import StageOp
 from mergeflow.recipe import NAME, Recipe, node_section
 from mergeflow.settings import Each, Place
 
@@ -106,16 +107,26 @@ def property_of(
 ) -> Callable[[F], F]:
     """Marks a test of the suite with the cases that it is for; where there are none, it is no test of that op.
 
-    What `computes` is asked of an op on plain tensors, which one with parts cannot answer.
+    What `computes` is asked of an op on plain tensors, which one with parts cannot answer, nor one with statistics beside its
+    inputs or a stage, whose `compute` is never asked for.
     """
 
     def marked(function: F) -> F:
         function.chosen = (  # type: ignore[attr-defined]
-            (lambda suite, case: not case.op.has_parts and chosen(suite, case)) if computes else chosen
+            (lambda suite, case: _computes(case.op) and chosen(suite, case)) if computes else chosen
         )
         return function
 
     return marked
+
+
+def _of_models_alone(op: Op) -> bool:
+    """Whether checkpoints are all that the op needs: no data and no statistics."""
+    return not op.input_keys and not isinstance(op, StageOp)
+
+
+def _computes(op: Op) -> bool:
+    return not op.has_parts and _of_models_alone(op)
 
 
 def _commutes(suite: Any, case: Case) -> bool:
@@ -508,7 +519,7 @@ class OpConformance:
 
     # Runs
 
-    @property_of(lambda suite, case: case == suite._telling(), computes=False)
+    @property_of(lambda suite, case: _of_models_alone(case.op) and case == suite._telling(), computes=False)
     def test_a_run_gives_the_same_bytes_whatever_its_threads_memory_reading_and_files(
         self, case: Case, tmp_path: Path
     ) -> None:
@@ -687,6 +698,8 @@ def _spaces(case: Case) -> tuple[Any, list[Any]]:
 
 def _plain(value: Any) -> Any:
     """A parameter as a recipe writes it."""
+    if isinstance(value, BaseModel):
+        return value.model_dump(mode="json", exclude_none=True)
     return [_plain(one) for one in value] if isinstance(value, tuple | list) else value
 
 
@@ -708,15 +721,26 @@ def _recipe(
     node: dict[str, Any] = {"op": case.op.name, **fields, **changed}
     if case.based:
         node["base"] = "base"
+    data = {"rows": "./rows.jsonl"} if isinstance(case.op, StageOp) and case.op.needs_data else {}
     if case.op.takes == "model":
-        node["model"] = models[0]
+        node |= {"model": models[0], **({"data": "rows"} if data else {})}
     else:
-        own = [{**(on_inputs or {}), **{name: values[i] for name, values in each.items()}} for i in range(case.inputs)]
+        beside = {key: f"{key}_statistics" for key in case.op.input_keys}
+        own = [
+            {**beside, **(on_inputs or {}), **{name: values[i] for name, values in each.items()}}
+            for i in range(case.inputs)
+        ]
         node["inputs"] = [{"model": model, **given} for model, given in zip(models, own, strict=True)]
     unknown = node.keys() - node_section(type(case.op)).model_fields.keys()
     assert not unknown, f"the grammar of {case.op.name} lacks {', '.join(unknown)}"
     read = (["base"] if case.based else []) + names
-    return Recipe(folder=folder, models={name: f"./{name}" for name in read}, nodes={"merged": node})
+    return Recipe(
+        folder=folder,
+        models={name: f"./{name}" for name in read},
+        nodes={"merged": node},
+        **({"artifacts": {f"{key}_statistics": "./kept" for key in case.op.input_keys}} if case.op.input_keys else {}),
+        **({"data": data} if data else {}),
+    )
 
 
 # Tensors

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import random
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -30,8 +32,11 @@ def llama(seed: int) -> dict[str, torch.Tensor]:
         for name, shape in {
             "input_layernorm": (HIDDEN,),
             "self_attn.q_proj": (HIDDEN, HIDDEN),
+            "self_attn.k_proj": (HIDDEN, HIDDEN),
+            "self_attn.v_proj": (HIDDEN, HIDDEN),
             "self_attn.o_proj": (HIDDEN, HIDDEN),
             "post_attention_layernorm": (HIDDEN,),
+            "mlp.gate_proj": (FFN, HIDDEN),
             "mlp.up_proj": (FFN, HIDDEN),
             "mlp.down_proj": (HIDDEN, FFN),
         }.items():
@@ -42,13 +47,29 @@ def llama(seed: int) -> dict[str, torch.Tensor]:
 
 CONFIG = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "num_hidden_layers": LAYERS}
 CONFIG |= {"hidden_size": HIDDEN, "intermediate_size": FFN, "vocab_size": VOCAB, "tie_word_embeddings": False}
+CONFIG |= {"num_attention_heads": 2, "num_key_value_heads": 2, "max_position_embeddings": 32}
+WORDS = ("[PAD]", "[UNK]", *(f"w{number}" for number in range(VOCAB - 2)))
 
 
 def write_models(folder: Path, recipe: dict[str, Any]) -> None:
-    """The checkpoints that a recipe names, where they are not there yet."""
+    """The checkpoints and the data that a recipe names, where they are not there yet."""
     for seed, name in enumerate(sorted(recipe["models"])):
         if not (folder / name).exists():
             save(folder / name, llama(seed), config=CONFIG)
+            write_tokenizer(folder / name)
+    for seed, path in enumerate(sorted(recipe.get("data", {}).values())):
+        draw = random.Random(seed)
+        texts = [" ".join(draw.choices(WORDS[2:], k=draw.randint(2, 12))) for _ in range(20)]
+        (folder / path).write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+
+
+def write_tokenizer(folder: Path) -> None:
+    """A tokenizer of whole words, one for each row of the embedding."""
+    model = {"type": "WordLevel", "vocab": {word: at for at, word in enumerate(WORDS)}, "unk_token": "[UNK]"}
+    made = {"version": "1.0", "added_tokens": [], "pre_tokenizer": {"type": "WhitespaceSplit"}, "model": model}
+    (folder / "tokenizer.json").write_text(json.dumps(made))
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", "pad_token": "[PAD]", "unk_token": "[UNK]"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
 
 
 def write_examples(folder: Path, ops: Iterable[type[Op]] = OPS) -> None:
@@ -61,11 +82,12 @@ def write_examples(folder: Path, ops: Iterable[type[Op]] = OPS) -> None:
 
 def every_op(ops: Iterable[type[Op]] = OPS) -> dict[str, Any]:
     """One recipe with the examples of all ops, each an output of its own."""
-    recipe: dict[str, Any] = {"recipe": 1, "name": "every-op", "models": {}, "nodes": {}, "outputs": {}}
+    recipe: dict[str, Any] = {"recipe": 1, "name": "every-op", "models": {}, "data": {}, "nodes": {}, "outputs": {}}
     for op in ops:
         one = yaml.safe_load(example_of(op.name))
         recipe["models"] |= one["models"]
-        called = {name: op.name if name == "merged" else f"{op.name}_{name}" for name in one["nodes"]}
+        recipe["data"] |= one.get("data", {})
+        called = {name: f"{op.name}_{name}" for name in one["nodes"]} | {[*one["nodes"]][-1]: op.name}
         recipe["nodes"] |= {called[name]: _renamed(node, called) for name, node in one["nodes"].items()}
         recipe["outputs"][op.name] = {"node": op.name, **one.get("output", {})}
     return recipe

@@ -41,6 +41,13 @@ nodes:
   merged: {op: add, base: base, inputs: [code]}
 """
 TIES = LINEAR.replace("{op: linear, inputs: [a, b]}", "{op: ties, base: base, inputs: [a, b]}")
+GRAM = """\
+recipe: 1
+models: {base: ./base, a: ./a, b: ./b}
+data: {rows: ./rows.jsonl}
+nodes:
+  g: {op: gram, model: a, data: rows}
+"""
 
 Prepare = Callable[[pathlib.Path], None]
 Level = Literal["recipe", "headers", "run"]
@@ -268,7 +275,10 @@ CASES = [
     Case("broken_yaml", 2, "recipe", LINEAR + "output: {dtype: bfloat16\n"),
     Case("a_list_for_a_recipe", 2, "recipe", "- recipe: 1\n"),
     Case("an_empty_recipe", 2, "recipe", ""),
-    Case("a_stage", 2, "recipe", LINEAR + "  g: {op: gram, model: a, data: d}\ndata: {d: {path: ./d}}\n"),
+    Case("a_stage_on_data_nobody_named", 2, "recipe", GRAM.replace("data: rows}", "data: row}")),
+    Case("a_stage_on_data_that_is_not_there", 3, "headers", GRAM),
+    Case("statistics_left_out", 2, "recipe", on_node("alpha: 0.5", "regmean, inputs: [a, {model: b}]")),
+    Case("an_op_of_a_later_version", 2, "recipe", on_node("data: d", "fuse, inputs: [a, b]")),
     Case("many_problems", 2, "recipe", TIES.replace("ties", "teis") + "  x: {op: liner, inputs: [a]}\nnme: y\n"),
     Case("no_such_recipe", 2, "recipe", file="recipes.yaml"),
     Case("a_folder_for_a_recipe", 2, "recipe", file="base"),

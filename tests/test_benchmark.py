@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 
 from mergeflow import Recipe
 from mergeflow.ops import OPS
+from mergeflow.ops.statistics import StageOp
 
 ROOT = Path(__file__).parent.parent
 SCRIPT = ROOT / "benchmarks" / "merge.py"
@@ -102,9 +103,37 @@ def test_every_op_has_a_case_and_every_case_is_a_recipe(merge: ModuleType) -> No
     for case in merge.CASES.values():
         for size in ("tinyllama", "small"):
             node = case.node_of(merge.SHAPES[size])
-            Recipe(models={name: f"./{name}" for name in case.models}, nodes={"merged": node})
+            artifacts = {name: f"./{name}" for name in case.artifacts()}
+            beside = {"artifacts": artifacts} if artifacts else {}
+            Recipe(models={name: f"./{name}" for name in case.models}, nodes={"merged": node}, **beside)
             used |= set(re.findall(r'"op": "(\w+)"', json.dumps(node)))
-    assert used == {op.name for op in OPS}
+    stages = {op.name for op in OPS if issubclass(op, StageOp)}
+    assert used == {op.name for op in OPS} - stages and set(merge.NO_CASE) == stages
+
+
+@pytest.mark.parametrize("name", ["regmean", "fisher"])
+def test_what_needs_statistics_runs_on_those_that_are_made_for_it(
+    merge: ModuleType, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(merge.SHAPES, "small", merge.Shape(hidden=16, layers=1, ffn=24, vocab=32, heads=2, kv_heads=1))
+    options = merge.parse(["--size", "small", "--work", str(tmp_path), "--cases", name, "--pairs", "1"])
+    bench = merge.Bench(options)
+    bench.report.idle = {"wall": 0.0, "import": 0.0, "rss_anon": 0.0}
+    bench.side_by_side(name)
+    [run] = bench.report.cases[name]["mergeflow"]
+    assert run["wall"] > 0 and run["output"] > 2 * 16 * 32
+    assert f"- {name}: on models of 256 dimensions, with statistics of random numbers\n" in merge.as_markdown(
+        bench.report
+    )
+
+
+def test_a_whole_table_says_why_stages_are_not_in_it(merge: ModuleType, tmp_path: Path) -> None:
+    options = merge.parse(["--size", "small", "--work", str(tmp_path)])
+    report = merge.Report(machine=merge.machine(options), idle={"wall": 1.0, "import": 1.0, "rss_anon": 0.0})
+    report.cases = {name: {} for name in merge.CASES}
+    assert "- gram, gram_diag, input_mean, act_absmean, fisher_diag: not measured here" in merge.as_markdown(report)
+    report.cases.popitem()
+    assert "not measured" not in merge.as_markdown(report)
 
 
 def test_what_runs_on_a_part_of_the_model_says_so_below_the_table(merge: ModuleType, tmp_path: Path) -> None:
@@ -118,7 +147,7 @@ def test_what_runs_on_a_part_of_the_model_says_so_below_the_table(merge: ModuleT
 
 
 @pytest.mark.slow
-def test_the_benchmark_runs_to_its_table(tmp_path: Path) -> None:
+def test_the_benchmark_runs_to_its_table(merge: ModuleType, tmp_path: Path) -> None:
     import subprocess
 
     command = [sys.executable, SCRIPT, "--size", "small", "--pairs", "1", "--work", tmp_path / "work"]
@@ -126,5 +155,5 @@ def test_the_benchmark_runs_to_its_table(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert "SKIPPED mergekit" in done.stderr
     table = (tmp_path / "t.md").read_text()
-    assert all(f"| {op.name} | mergeflow |" in table for op in OPS)
+    assert all(f"| {op.name} | mergeflow |" in table for op in OPS if op.name not in merge.NO_CASE)
     assert "| tiny | mergeflow |" in table and "| threads | 2 threads |" in table

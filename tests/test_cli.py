@@ -61,6 +61,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
 @pytest.fixture
 def inside(folder: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[pathlib.Path]:
     monkeypatch.chdir(folder)
+    monkeypatch.setenv("MERGEFLOW_CACHE", str(folder / "cache"))
     yield folder
 
 
@@ -101,7 +102,8 @@ def test_quiet_says_nothing_but_the_result(inside: pathlib.Path) -> None:
 
 
 def test_a_recipe_with_every_op_is_valid_and_runs_in_one_sweep(inside: pathlib.Path) -> None:
-    assert {node["op"] for node in every_op()["nodes"].values()} == set(all_ops())
+    every = every_op()
+    assert {node["op"] for node in every["nodes"].values()} == set(all_ops())
     assert call("validate", "every/every.yaml", "recipe.yaml").out == "every/every.yaml: good\nrecipe.yaml: good\n"
     done = call("run", "every/every.yaml", "-q")
     assert done.code == 0, done.err
@@ -156,7 +158,8 @@ def test_a_plan_for_a_person_names_models_files_bytes_memory_and_digest(inside: 
 def test_a_graph_is_mermaids(inside: pathlib.Path) -> None:
     done = call("plan", "every/every.yaml", "--graph", "mermaid")
     assert done.code == 0 and done.out.startswith("graph LR\n")
-    assert done.out.count("[(") == len(every_op()["models"]) and all(op in done.out for op in all_ops())
+    every = every_op()
+    assert done.out.count("[(") == len(every["models"]) and all(op in done.out for op in all_ops())
 
 
 def test_inspect_takes_a_folder_a_file_and_what_looks_like_a_repository(inside: pathlib.Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from pages import example_of, llama, write_models
 from toys import call
 
 from mergeflow.ops import OPS, Op
+from mergeflow.ops.statistics import StageOp
 
 
 @pytest.mark.parametrize("op", OPS, ids=lambda op: op.name)
@@ -19,6 +21,7 @@ def test_the_page_of_an_op_has_an_example_that_is_validated_and_runs(
     op: type[Op], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("MERGEFLOW_CACHE", str(tmp_path / "cache"))
     page = call("ops", op.name)
     assert page.code == 0 and page.out.endswith("".join(f"  {line}\n" for line in example_of(op.name).splitlines()))
     (tmp_path / "example.yaml").write_text(example_of(op.name))
@@ -29,7 +32,10 @@ def test_the_page_of_an_op_has_an_example_that_is_validated_and_runs(
     assert done.code == 0, done.err
     made = weights_of(tmp_path / recipe["name"])
     assert made.keys() and all(tensor.isfinite().all() for tensor in made.values() if tensor.is_floating_point())
-    if not op.has_parts and op.takes != "layers":
+    if issubclass(op, StageOp):
+        assert all(name.startswith("fisher." if op.kind == "fisher_diag" else f"{op.kind}.") for name in made)
+        assert json.loads((tmp_path / recipe["name"] / "statistics.json").read_text())["kind"] == op.kind
+    elif not op.has_parts and op.takes != "layers":
         assert {name: tensor.shape for name, tensor in made.items()} == {n: t.shape for n, t in llama(0).items()}
 
 

@@ -30,6 +30,12 @@ VALIDATOR = Draft7Validator(SCHEMA)
 MODELS: dict[str, Any] = {"base": "./base", "a": "org/a@main", "b": {"path": "./b", "revision": "main"}}
 TIES: dict[str, Any] = {"op": "ties", "base": "base", "inputs": ["a", {"model": "b", "weight": 0.5, "density": 0.2}]}
 VECTOR: dict[str, Any] = {"op": "task_vector", "base": "base", "model": "a"}
+GRAM: dict[str, Any] = {"op": "gram", "model": "a", "data": "texts"}
+FISHER: dict[str, Any] = {
+    "op": "fisher",
+    "inputs": [{"model": "a", "fisher": {"op": "fisher_diag", "model": "a", "data": "texts"}}],
+}
+DATA: dict[str, Any] = {"texts": "./texts.jsonl"}
 HALF: dict[str, Any] = {"gradient": [0.2, 0.8], "outside": 0.5}
 
 
@@ -123,6 +129,31 @@ RIGHT: dict[str, dict[str, Any]] = {
         }
     ),
     "a name that reads as a number, and anchors": whole(name=1.5, seed=7, description="x", **{"x-any": [1, {"y": 2}]}),
+    "a stage": whole({**GRAM, "only": ["*.mlp.*"], "seed": 3, "codec": "packed32", "min_tokens": 1000}, data=DATA),
+    "statistics in place": whole(
+        {
+            "op": "regmean",
+            "base": "base",
+            "inputs": [
+                {"model": "a", "gram": GRAM, "weight": HALF},
+                {"model": "b", "gram": "kept", "for": "names"},
+            ],
+            "alpha": [{"match": "*.mlp.*", "value": 0.5}, {"value": 0.9}],
+        },
+        data=DATA,
+        artifacts={"kept": "org/b-gram"},
+    ),
+    "fisher with a floor of the mean": whole(
+        {**FISHER, "floor": {"rel": "${r}"}, "favor": "a"}, data=DATA, vars={"r": 0.1}
+    ),
+    "every key of data": whole(
+        data={
+            "hub": {"path": "org/set", "kind": "hub", "split": "train", "revision": 12, "limit": 100, "seed": 3},
+            "table": {"path": "./t.csv", "text": 1, "label": "y", "template": "{a} {b}"},
+            "chats": {"path": "./c.jsonl", "messages": "turns", "features": "x"},
+            "plain": "./texts",
+        }
+    ),
     "artifacts": whole(
         {"op": "emr_apply", "emr": "kept", "base": "base", "task": "math"},
         artifacts={"kept": {"path": "org/kept", "revision": 12, "subfolder": "x"}, "other": "./other"},
@@ -133,7 +164,28 @@ for op in OPS:
 
 WRONG: dict[str, dict[str, Any]] = {
     "an unknown op": whole({"op": "tyes", "inputs": ["a"]}),
-    "an op of a later version": whole({"op": "gram", "model": "a"}),
+    "an op of a later version": whole({"op": "fuse", "inputs": ["a", "b"]}),
+    "a stage without its data": whole({"op": "gram", "model": "a"}, data=DATA),
+    "a stage with another stage's key": whole({**GRAM, "estimator": "expected"}, data=DATA),
+    "a stage with another op's keys": whole({**GRAM, "others": "mean"}, data=DATA),
+    "a stage of an unknown codec": whole({**GRAM, "codec": "float16"}, data=DATA),
+    "regmean of names alone": whole({"op": "regmean", "inputs": ["a", "b"]}),
+    "regmean of an input without its gram": whole({"op": "regmean", "inputs": [{"model": "a"}]}),
+    "regmean of another op's statistics": whole(
+        {"op": "regmean", "inputs": [{"model": "a", "fisher": GRAM}]}, data=DATA
+    ),
+    "statistics for something else": whole(
+        {"op": "regmean", "inputs": [{"model": "a", "gram": GRAM, "for": "shapes"}]}, data=DATA
+    ),
+    "a floor of nothing": whole({**FISHER, "floor": {}}, data=DATA),
+    "a floor of both": whole({**FISHER, "floor": {"abs": 1e-6, "rel": 1e-3}}, data=DATA),
+    "a floor that is a number": whole({**FISHER, "floor": 1e-6}, data=DATA),
+    "data without a path": whole(data={"texts": {"limit": 3}}),
+    "data of no row": whole(data={"texts": {"path": "./t.jsonl", "limit": 0}}),
+    "an unknown key in data": whole(data={"texts": {"path": "./t.jsonl", "field": "text"}}),
+    "data of an unknown kind": whole(data={"texts": {"path": "./t.bin", "kind": "pickle"}}),
+    "data that is a list": whole(data={"texts": ["./t.jsonl"]}),
+    "the name of data with a dot": whole(data={"a.b": "./t.jsonl"}),
     "no op": whole({"inputs": ["a", "b"]}),
     "an unknown key in a node": linear(wieght=1),
     "another op's key": linear(density=0.5),
@@ -145,7 +197,7 @@ WRONG: dict[str, dict[str, Any]] = {
     "an unknown key in an output": whole(output={"dtyp": "float32"}),
     "an unknown key in a model": whole(models={**MODELS, "c": {"path": "./c", "revison": "x"}}),
     "an unknown key on the top": whole(merge_method="ties"),
-    "data of a later version": whole(data={"x": {"path": "./x"}}),
+    "checks of a later version": whole(expect={"loss": 1}),
     "a density of 2": whole({**TIES, "density": 2}),
     "a density of 0": whole({**TIES, "density": 0}),
     "a density in words": whole({**TIES, "density": "high"}),
@@ -371,7 +423,7 @@ def test_a_page_says_everything_and_its_example_is_a_recipe(op: type[Op], tmp_pa
     path = tmp_path / "example.yaml"
     path.write_text("".join(line[2:] + "\n" for line in page.partition("Example\n")[2].splitlines()))
     recipe = load_recipe(path)
-    assert recipe.nodes["merged"].op.name == op.name
+    assert recipe.nodes[recipe.outputs[""].node].op.name == op.name
     assert not complaint(read_document(path.read_bytes(), str(path)).data)
 
 

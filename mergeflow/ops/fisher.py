@@ -21,10 +21,10 @@ if TYPE_CHECKING:
 class Floor(BaseModel):
     """The least that a Fisher entry counts: `{abs: 1e-6}`, or `{rel: 1e-3}` of that model's mean entry."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", json_schema_extra={"minProperties": 1, "maxProperties": 1})
 
-    abs: NonNegative | None = None
-    rel: NonNegative | None = None
+    abs: NonNegative | None = Field(default=None, description="This number.")
+    rel: NonNegative | None = Field(default=None, description="This number times the mean entry of the model.")
 
     @model_validator(mode="after")
     def _one(self) -> Floor:

@@ -25,11 +25,17 @@ Accumulate = Literal["float32", "float64"]
 Estimator = Literal["expected", "empirical", "sampled", "batch_hard", "batch_sqrt"]
 
 
+def collector_of(key: str) -> str:
+    """The name of the op that collects what an input names by this key."""
+    return "fisher_diag" if key == "fisher" else key
+
+
 class StageOp(Op):
     """An op that runs a model on data before any tensor is merged; its result is an artifact in the cache."""
 
     takes = "model"
     most = 1
+    portable = False
 
     kind: ClassVar[Literal["gram", "gram_diag", "input_mean", "act_absmean", "fisher_diag"]]
     """What `statistics.json` calls the result."""

@@ -16,7 +16,7 @@ from pydantic_core import PydanticCustomError
 
 from mergeflow.errors import RecipeError
 from mergeflow.ops import Op
-from mergeflow.ops.statistics import StageOp
+from mergeflow.ops.statistics import StageOp, collector_of
 from mergeflow.settings import Count, FloatName, Patterns, setting_of
 
 NAME = r"^[A-Za-z_][A-Za-z0-9_-]*$"
@@ -254,7 +254,7 @@ def input_section(op_class: type[Op]) -> type[BaseModel]:
             Field(default=None, description="What this input's delta is taken from; default: the node's base."),
         )
     for key in op_class.input_keys:
-        about = f"A node with `op: {key}`, or an entry of `artifacts:`, with statistics of this model."
+        about = f"A node with `op: {collector_of(key)}`, or an entry of `artifacts:`, with statistics of this model."
         if key in op_class.optional_keys:
             fields[key] = (Reference | None, Field(default=None, description=about))
         else:
