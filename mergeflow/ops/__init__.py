@@ -11,6 +11,7 @@ from importlib.metadata import EntryPoint, entry_points
 
 from mergeflow.errors import RecipeError, did_you_mean
 from mergeflow.ops.add import Add
+from mergeflow.ops.aim import Aim
 from mergeflow.ops.arcee_fusion import ArceeFusion
 from mergeflow.ops.base import LEAF, Block, DeltaOp, Op, Reduction, measure
 from mergeflow.ops.breadcrumbs import Breadcrumbs, BreadcrumbsTies
@@ -21,11 +22,13 @@ from mergeflow.ops.dare import DareLinear, DareTies
 from mergeflow.ops.della import Della, DellaLinear
 from mergeflow.ops.emr import Emr, EmrApply
 from mergeflow.ops.evolve_cross import EvolveCross
+from mergeflow.ops.fisher import Fisher
 from mergeflow.ops.iso_c import IsoC
 from mergeflow.ops.iso_cts import IsoCts
 from mergeflow.ops.karcher import Karcher
 from mergeflow.ops.knots import Knots
 from mergeflow.ops.linear import Linear
+from mergeflow.ops.lot import Lot
 from mergeflow.ops.magmax import Magmax
 from mergeflow.ops.model_stock import ModelStock
 from mergeflow.ops.multislerp import MultiSlerp
@@ -34,6 +37,7 @@ from mergeflow.ops.nuslerp import NuSlerp
 from mergeflow.ops.passthrough import Passthrough
 from mergeflow.ops.pcb import Pcb
 from mergeflow.ops.ram import Ram, RamPlus
+from mergeflow.ops.regmean import RegMean
 from mergeflow.ops.scale import Scale
 from mergeflow.ops.sce import Sce
 from mergeflow.ops.select import Select
@@ -52,6 +56,7 @@ __all__ = [
     "LEAF",
     "OPS",
     "Add",
+    "Aim",
     "ArceeFusion",
     "Block",
     "Breadcrumbs",
@@ -67,11 +72,13 @@ __all__ = [
     "Emr",
     "EmrApply",
     "EvolveCross",
+    "Fisher",
     "IsoC",
     "IsoCts",
     "Karcher",
     "Knots",
     "Linear",
+    "Lot",
     "Magmax",
     "ModelStock",
     "MultiSlerp",
@@ -83,6 +90,7 @@ __all__ = [
     "Ram",
     "RamPlus",
     "Reduction",
+    "RegMean",
     "Scale",
     "Sce",
     "Select",
@@ -135,6 +143,10 @@ OPS: tuple[type[Op], ...] = (
     Star,
     Cart,
     Wudi,
+    RegMean,
+    Lot,
+    Fisher,
+    Aim,
     TaskVector,
     Add,
     Scale,
