@@ -369,7 +369,8 @@ class NodeTable(Table):
             over, keys = [], []
             before: dict[str, int] = {}
             leaves, op = 0, self.node.op
-            whole = len(self.inputs) + (self.base is not None)
+            # Statistics stand beside each input.
+            whole = len(self.inputs) * (1 + len(op.input_keys)) + (self.base is not None)
             wide: dict[bool, list[str]] = {True: [], False: []}
             for name in sorted(self.tensors):
                 if name in self.holders:
