@@ -25,6 +25,7 @@ from blake3 import blake3
 from mergeflow import __version__
 from mergeflow.checkpoint import Checkpoint, open_checkpoint
 from mergeflow.checkpoint.adapter import open_adapter
+from mergeflow.checkpoint.statistics import STATISTICS, open_statistics
 from mergeflow.document import dump_yaml
 from mergeflow.errors import (
     InputError,
@@ -41,7 +42,7 @@ from mergeflow.hub import is_local, locate
 from mergeflow.ops.unchanged import Unchanged
 from mergeflow.planning import keeps_quantisation, like_and_tokenizer, loads, make_plan, needed_models, plan_digest
 from mergeflow.publishing import CARD, RECIPE, side_files
-from mergeflow.recipe import ModelSource, Recipe
+from mergeflow.recipe import ArtifactSource, ModelSource, Recipe
 from mergeflow.writing import MANIFEST, Finished, Staging, finished_digest, free_bytes, refuse, repair
 
 if TYPE_CHECKING:
@@ -93,8 +94,12 @@ def open_models(recipe: Recipe) -> dict[str, Checkpoint]:
             folder = locate(
                 source.location, revision=source.revision, subfolder=source.subfolder, relative_to=recipe.folder
             )
-            adapter = isinstance(source, ModelSource) and source.adapter is not None
-            models[name] = open_adapter(folder) if adapter else open_checkpoint(folder, file=source.file)
+            if isinstance(source, ModelSource) and source.adapter is not None:
+                models[name] = open_adapter(folder)
+            elif isinstance(source, ArtifactSource) and folder.exists(STATISTICS):
+                models[name] = open_statistics(folder)
+            else:
+                models[name] = open_checkpoint(folder, file=source.file)
         except MergeflowError as error:
             errors.append(error.placed(recipe.where((section, name))))
     raise_all(errors)

@@ -21,6 +21,7 @@ from mergeflow.ops.dare import DareLinear, DareTies
 from mergeflow.ops.della import Della, DellaLinear
 from mergeflow.ops.emr import Emr, EmrApply
 from mergeflow.ops.evolve_cross import EvolveCross
+from mergeflow.ops.fisher import Fisher
 from mergeflow.ops.iso_c import IsoC
 from mergeflow.ops.iso_cts import IsoCts
 from mergeflow.ops.karcher import Karcher
@@ -34,6 +35,7 @@ from mergeflow.ops.nuslerp import NuSlerp
 from mergeflow.ops.passthrough import Passthrough
 from mergeflow.ops.pcb import Pcb
 from mergeflow.ops.ram import Ram, RamPlus
+from mergeflow.ops.regmean import RegMean
 from mergeflow.ops.scale import Scale
 from mergeflow.ops.sce import Sce
 from mergeflow.ops.select import Select
@@ -67,6 +69,7 @@ __all__ = [
     "Emr",
     "EmrApply",
     "EvolveCross",
+    "Fisher",
     "IsoC",
     "IsoCts",
     "Karcher",
@@ -83,6 +86,7 @@ __all__ = [
     "Ram",
     "RamPlus",
     "Reduction",
+    "RegMean",
     "Scale",
     "Sce",
     "Select",
@@ -135,6 +139,8 @@ OPS: tuple[type[Op], ...] = (
     Star,
     Cart,
     Wudi,
+    RegMean,
+    Fisher,
     TaskVector,
     Add,
     Scale,

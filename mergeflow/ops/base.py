@@ -132,6 +132,10 @@ class Op(BaseModel, ABC):
     """What can be computed alone: any stretch of elements, any rows, or only the whole tensor."""
     lazy: ClassVar[bool] = False
     """Whether an op on whole tensors reads them itself (`compute_lazily`), and says what it holds (`needed_bytes`)."""
+    input_keys: ClassVar[tuple[str, ...]] = ()
+    """Keys of an input that name what goes with its model: an artifact, or a node that makes one."""
+    optional_keys: ClassVar[tuple[str, ...]] = ()
+    """Which of these may be left out."""
     has_parts: ClassVar[bool] = False
     """Whether the result is several tensors for one of the inputs', each made by an op of its own."""
     draws: ClassVar[bool] = False

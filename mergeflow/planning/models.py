@@ -156,7 +156,7 @@ class ModelTable(SourceTable):
     def _space(self, given: Space | None) -> Space:
         stored = self.checkpoint.metadata.get(SPACE_KEY)
         if stored not in (None, "weight", "delta"):
-            fix = "Name it under `artifacts:`." if stored == "artifact" else ""
+            fix = "Name it under `artifacts:`." if stored in ("artifact", "statistics") else ""
             self.findings.add(InputError(f"the file's header says that it holds '{stored}'", where=self.where, fix=fix))
             return "weight"
         if given and stored and given != stored:

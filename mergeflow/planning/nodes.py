@@ -405,7 +405,7 @@ class NodeTable(Table):
         if not self._acts(place, self.tensors[name]):
             if self.others is not None:
                 return self._from_others(name, self.others)
-            op = mean_like(op, based=self.base is not None)
+            op = self._mean(op)
         given = self._given(name, place, op)
         if given is None:
             return self._fallen()
@@ -424,7 +424,7 @@ class NodeTable(Table):
         if self.tensors[name].dtype.kind != "float":
             return self._unchanged(expressions, are_deltas, base)
         if len(kept) < op.fewest:
-            op = mean_like(op, based=self.base is not None)
+            op = self._mean(op)
         try:
             ready = self.make.resolved(op, place, kept, len(self.inputs))
         except RecipeError as error:
@@ -452,10 +452,20 @@ class NodeTable(Table):
             if None in deltas:
                 return self._fallen()
             expressions = [delta for delta in deltas if delta is not None]
+        return self._readied(ready, name, kept, expressions, base)
+
+    def _readied(
+        self, op: Op, name: str, kept: Sequence[int], expressions: Sequence[Expression], base: Expression | None
+    ) -> Ready | Expression:
+        """A resolved op with what it works on: of the inputs `kept`, their weights or, of an op on deltas, their deltas."""
         keys = self._keys(name, kept) if op.draws else ()
         if op.may_base:
-            return Ready(ready, tuple(expressions), keys, onto=base)
-        return Ready(ready, tuple(expressions) if base is None else (base, *expressions), keys)
+            return Ready(op, tuple(expressions), keys, onto=base)
+        return Ready(op, tuple(expressions) if base is None else (base, *expressions), keys)
+
+    def _mean(self, op: Op) -> Op:
+        """What stands where the op does not act and `others` names nobody."""
+        return mean_like(op, based=self.base is not None)
 
     def _on_deltas(self, op: Op) -> bool:
         """Whether an op is given what its inputs learnt since a base."""

@@ -13,6 +13,7 @@ from blake3 import blake3
 from mergeflow import __version__
 from mergeflow.checkpoint import Checkpoint
 from mergeflow.checkpoint.adapter import Adapter
+from mergeflow.checkpoint.statistics import Statistics
 from mergeflow.dtypes import BY_NAME, DType
 from mergeflow.errors import RecipeError, raise_all
 from mergeflow.graph import Apply, EqualTensors, Expression, Load, Plan, Row, Shard, SideFile, Stacked
@@ -24,6 +25,7 @@ from mergeflow.planning.findings import Findings, nearest, some
 from mergeflow.planning.models import SPACE_KEY, ModelTable, Table, packed, quantised, settle_ties
 from mergeflow.planning.nodes import NodeTable
 from mergeflow.planning.stacks import StackTable, counterparts, numbered_stacks
+from mergeflow.planning.statistics import FisherTable, RegmeanTable, StatisticsTable
 from mergeflow.planning.vocabulary import Vocabularies
 from mergeflow.recipe import Node, Output, Recipe
 from mergeflow.settings import Gradient, Place, matches, value_at
@@ -31,6 +33,8 @@ from mergeflow.settings import Gradient, Place, matches, value_at
 KINDS: Mapping[str, Callable[[Planner, Node], Table]] = {
     "emr": EmrTable,
     "emr_apply": EmrApplyTable,
+    "fisher": FisherTable,
+    "regmean": RegmeanTable,
     "stack": StackTable,
 }
 """Ops whose nodes are tables of their own kind."""
@@ -84,7 +88,9 @@ class Planner:
         self.stacks: dict[str, tuple[Stacked, ...]] = {}
         self.tables: dict[str, Table] = {}
         for name, checkpoint in models.items():
-            if name in recipe.artifacts:
+            if isinstance(checkpoint, Statistics):
+                self.tables[name] = StatisticsTable(self, name, checkpoint)
+            elif name in recipe.artifacts:
                 self.tables[name] = EmrArtifact(self, name, checkpoint)
             elif isinstance(checkpoint, Adapter):
                 self.tables[name] = AdapterTable(self, name, recipe.models[name], checkpoint)

@@ -218,6 +218,20 @@ def input_section(op_class: type[Op]) -> type[BaseModel]:
             Reference | None,
             Field(default=None, description="What this input's delta is taken from; default: the node's base."),
         )
+    for key in op_class.input_keys:
+        about = f"A node with `op: {key}`, or an entry of `artifacts:`, with statistics of this model."
+        if key in op_class.optional_keys:
+            fields[key] = (Reference | None, Field(default=None, description=about))
+        else:
+            fields[key] = (Reference, Field(description=about))
+    if op_class.input_keys:
+        fields["for"] = (
+            Literal["model", "names"],
+            Field(
+                default="model",
+                description="The statistics must be of this very model; or, `names`, of any with these tensors.",
+            ),
+        )
     if op_class.takes == "layers":
         fields["take"] = (Take, Field(description="The first and last layer to take, e.g. '0-15': both are included."))
     for name, mark in op_class.settings().items():

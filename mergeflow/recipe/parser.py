@@ -45,7 +45,7 @@ LATER = {
 
 LATER_OPS = {
     **dict.fromkeys(
-        ("gram", "gram_diag", "input_mean", "act_absmean", "fisher_diag", "regmean", "fisher", "fuse"),
+        ("gram", "gram_diag", "input_mean", "act_absmean", "fisher_diag", "fuse"),
         "Stages and statistics come with a later version of mergeflow.",
     ),
 }
@@ -78,10 +78,16 @@ class Written:
 
 @dataclass(frozen=True, slots=True)
 class Input:
-    """One input of a node: a model or node, and the base its delta is taken from (the node's where None)."""
+    """One input of a node: a model or node, and the base its delta is taken from (the node's where None).
+
+    `keys` are what goes with the model by the op's own words: an artifact, or a node that makes one. `by_names` says that it may be
+    another model's with the same tensors.
+    """
 
     model: str
     base: str | None = None
+    keys: Mapping[str, str] = field(default_factory=dict)
+    by_names: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,6 +122,7 @@ class Node:
             yield one.model
             if one.base:
                 yield one.base
+            yield from one.keys.values()
         if self.base:
             yield self.base
         if self.others:
@@ -516,7 +523,7 @@ class _Parser:
             for reference, at in self.references(node):
                 if reference in self.pending or reference in self.later:
                     continue
-                if at[-1] == "emr":
+                if at[-1] == "emr" or at[-1] in node.op.input_keys:
                     self.check_artifact(reference, at)
                 elif reference in self.artifacts:
                     fix = "Use it where an op takes an artifact, e.g. `{op: emr_apply, emr: ...}`."
@@ -545,6 +552,8 @@ class _Parser:
             yield one.model, at if single else (*at, "model")
             if one.base:
                 yield one.base, (*at, "base")
+            for key, name in one.keys.items():
+                yield name, (*at, key)
         if node.base:
             yield node.base, (*node.path, "base")
         if node.others:
@@ -570,9 +579,8 @@ class _Parser:
                 return {"model": value}
             if isinstance(value, dict):
                 value = dict(value)
-                for key, suffix in (("model", part), ("base", f"{part}.base")):
-                    if key in value:
-                        value[key] = placed(value[key], suffix, (*at, key))
+                for key in value:
+                    value[key] = placed(value[key], part if key == "model" else f"{part}.{key}", (*at, key))
             return value
 
         node = dict(given)
@@ -646,6 +654,8 @@ class _Parser:
                 Input(
                     getattr(item, op_class.takes if single else "model"),
                     None if single else getattr(item, "base", None),
+                    {key: getattr(item, key) for key in op_class.input_keys if getattr(item, key) is not None},
+                    by_names=getattr(item, "for", "model") == "names",
                 )
                 for item in items
             ),
