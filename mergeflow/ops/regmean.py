@@ -241,7 +241,7 @@ class Solve(Op):
     def _cholesky(self, sums: Sums, d: int) -> Callable[[Tensor], Tensor]:
         import torch
 
-        matrix, root = sums.equilibrated()
+        matrix, root, _ = sums.equilibrated()
         norm = float(matrix.abs().sum(0).max()) if d else 0.0
         factor, info = torch.linalg.cholesky_ex(matrix)
         del matrix
@@ -262,7 +262,7 @@ class Solve(Op):
         """The smallest correction: of what solves the scaled equations, the part that has none of what the data does not see."""
         import torch
 
-        matrix, root = sums.equilibrated()
+        matrix, root, alive = sums.equilibrated()
         try:
             values, vectors = torch.linalg.eigh(matrix)
         except RuntimeError:  # NaN, or numbers beyond all scales
@@ -271,13 +271,12 @@ class Solve(Op):
         rounding = max((ROUNDING.get(codec, 2.0**-24) for codec in self.codecs), default=2.0**-24)
         kept = values > 4 * rounding * d**0.5 * float(values[-1])
         unseen = vectors[:, ~kept] / root[:, None]
-        # Channels that are always 0 have an equation of their own, whose right side is 0.
         unseen = torch.linalg.qr(unseen).Q if unseen.shape[1] else unseen
         vectors, values = vectors[:, kept], values[kept]
 
         def solved(right: Tensor) -> Tensor:
             found: Tensor = ((right.div_(root) @ vectors).div_(values) @ vectors.mT).div_(root)
-            return found.sub_((found @ unseen) @ unseen.mT)
+            return found.sub_((found @ unseen) @ unseen.mT).mul_(alive)
 
         return solved
 
@@ -369,8 +368,11 @@ class Sums:
         diagonal += self.ridge * diagonal.mean()
         return torch.where(diagonal > 0, diagonal, 1.0).sqrt()
 
-    def equilibrated(self) -> tuple[Tensor, Tensor]:
-        """The sum, its rows and columns divided by the root of its diagonal, and that root. Dead channels have a 1 of their own."""
+    def equilibrated(self) -> tuple[Tensor, Tensor, Tensor]:
+        """The sum, its rows and columns divided by the root of its diagonal; that root; and which channels are not dead.
+
+        Dead channels have a 1 of their own.
+        """
         import torch
 
         total = torch.zeros(self.d, self.d, dtype=self.dtype, device=self.device)
@@ -379,12 +381,13 @@ class Sums:
                 total[start:stop] += rows
         diagonal = total.diagonal()
         diagonal += self.ridge * diagonal.mean()
-        root = torch.where(diagonal > 0, diagonal, 1.0).sqrt()
-        diagonal.masked_fill_(diagonal <= 0, 1.0)
+        alive = diagonal > 0
+        root = torch.where(alive, diagonal, 1.0).sqrt()
+        diagonal.masked_fill_(~alive, 1.0)
         for start, stop in _pieces(self.d, max(_ENTRIES // self.d, 1)):
             total[start:stop] /= root[start:stop, None]
             total[start:stop] /= root
-        return total, root
+        return total, root, alive
 
     def products(self, delta: Callable[[int], Tensor], outputs: int) -> Tensor:
         """sum_i (W_i - W_ref) c_i G~_i, of (outputs, inputs)."""
