@@ -26,9 +26,9 @@ Solver = Literal["cholesky", "cg", "lstsq"]
 
 LARGEST_CONDITION = 1e12
 """A sum of Grams with a greater condition estimate is not solved: float64 would leave four digits at best."""
-_ENTRIES = 1 << 20
+_ENTRIES = 1 << 19
 """Entries of a Gram that are read at once."""
-_OUTPUTS = 1 << 21
+_OUTPUTS = 1 << 20
 """Entries of a weight that are solved at once, at least."""
 _STEPS = 5
 """Steps of the condition estimate, which mostly stands after two."""
@@ -189,7 +189,7 @@ class Solve(Op):
         size = 8 if self.solve_dtype == "float64" else 4
         piece = _step(outputs, d) * d * size
         square = {"cholesky": 2, "lstsq": 4, "cg": 0}[self.solver] * d * d * size
-        held = max(square, square // 2 + 4 * piece) if self.solver != "cg" else 8 * piece
+        held = max(square, square // 2 + 6 * piece) if self.solver != "cg" else 8 * piece
         read = min(max(_ENTRIES, d), d * d) * (size + 8)
         return held + read + 8 * outputs * d
 
@@ -422,8 +422,8 @@ def torch_type(name: str) -> Any:
 
 
 def _step(outputs: int, d: int) -> int:
-    """How many outputs are solved at once: three such pieces take no more than a square matrix, if that is large."""
-    pieces = -(-outputs // max(d // 3, _OUTPUTS // max(d, 1), 1)) or 1
+    """How many outputs are solved at once: six such pieces take no more than a square matrix, if that is large."""
+    pieces = -(-outputs // max(d // 6, _OUTPUTS // max(d, 1), 1)) or 1
     return -(-outputs // pieces)
 
 
