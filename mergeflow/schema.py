@@ -447,11 +447,15 @@ def example(op: type[Op]) -> str:
     models = [*(["base"] if op.needs_base else []), *(["first", "second"] if pair else names)]
     deltas = getattr(op, "deltas_only", False)
     items = [f"{{op: task_vector, base: base, model: {name}}}" if deltas else name for name in names]
+    if op.input_keys:
+        items = [f"{{model: {name}, {', '.join(f'{key}: {name}_{key}' for key in op.input_keys)}}}" for name in names]
     lines = [
         "recipe: 1",
         f"name: {op.name.replace('_', '-')}-example",
         "models:",
         *(f"  {name}: ./{name}" for name in models),
+        *(["artifacts:"] if op.input_keys else []),
+        *(f"  {name}_{key}: ./{name}_{key}" for name in names for key in op.input_keys),
         "nodes:",
         *(["  kept: {op: emr, base: base, inputs: [first, second]}"] if op.takes == "emr" else []),
         "  merged:",
@@ -553,6 +557,8 @@ def _takes(op: type[Op]) -> str:
         if op.most is not None and op.most != op.fewest:
             count = f"{op.fewest} to {op.most}"
         words = f"inputs: {count}, models or nodes"
+        if op.input_keys:
+            words += f", each with {' and '.join(f'{key}:' for key in op.input_keys)} an artifact or node of statistics"
     if op.may_base:
         return f"base: a model or node, if deltas are to be merged; {words}"
     return f"base: a model or node; {words}" if op.needs_base else words
@@ -598,7 +604,7 @@ def _words(schema: Schema) -> str:
 
 def _kind(schema: Schema) -> str:
     """The JSON type of a value, the first where a variable may stand too."""
-    kinds = schema.get("type", "anything")
+    kinds = schema.get("type", "object" if "$ref" in schema else "anything")
     return str(kinds[0] if isinstance(kinds, list) else kinds)
 
 

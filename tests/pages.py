@@ -10,6 +10,7 @@ import torch
 import yaml
 from checkpoints import save
 
+from mergeflow.checkpoint.statistics import Facts, Kind, encode
 from mergeflow.ops import OPS, Op
 from mergeflow.schema import op_page
 
@@ -49,6 +50,37 @@ def write_models(folder: Path, recipe: dict[str, Any]) -> None:
     for seed, name in enumerate(sorted(recipe["models"])):
         if not (folder / name).exists():
             save(folder / name, llama(seed), config=CONFIG)
+    for node in recipe["nodes"].values():
+        for index, one in enumerate(node.get("inputs", ())):
+            for key in one.keys() & KINDS.keys() if isinstance(one, dict) else ():
+                write_statistics(folder / one[key], KINDS[key], index)
+
+
+KINDS: dict[str, Kind] = {"gram": "gram", "fisher": "fisher_diag", "act_absmean": "act_absmean"}
+"""What the keys of inputs name."""
+
+
+def write_statistics(folder: Path, kind: Kind, seed: int) -> None:
+    """Statistics of such a model, of each matrix in its layers."""
+    names = {name: tensor for name, tensor in llama(seed).items() if ".layers." in name and tensor.ndim == 2}
+    held = {}
+    for name, tensor in names.items():
+        x = torch.randn(4 * tensor.shape[1], tensor.shape[1], generator=torch.Generator().manual_seed(seed))
+        values = {"gram": x.T @ x / len(x), "act_absmean": x.abs().mean(0)}.get(kind, tensor.square())
+        held.update(encode(kind, "packed32", name, values))
+    facts = Facts.model_validate(
+        {
+            "kind": kind,
+            "codec": "packed32" if kind == "gram" else "float32",
+            "op": {"name": kind},
+            "model": {"digest": "0" * 64},
+            "n_examples": 32,
+            "n_tokens": 1000,
+            "groups": {name: name for name in names} if kind != "fisher_diag" else {},
+        }
+    )
+    save(folder, held)
+    (folder / "statistics.json").write_bytes(facts.encoded())
 
 
 def write_examples(folder: Path, ops: Iterable[type[Op]] = OPS) -> None:
@@ -65,6 +97,7 @@ def every_op(ops: Iterable[type[Op]] = OPS) -> dict[str, Any]:
     for op in ops:
         one = yaml.safe_load(example_of(op.name))
         recipe["models"] |= one["models"]
+        recipe.setdefault("artifacts", {}).update(one.get("artifacts", {}))
         called = {name: op.name if name == "merged" else f"{op.name}_{name}" for name in one["nodes"]}
         recipe["nodes"] |= {called[name]: _renamed(node, called) for name, node in one["nodes"].items()}
         recipe["outputs"][op.name] = {"node": op.name, **one.get("output", {})}

@@ -853,3 +853,41 @@ def test_what_is_wrong_with_fisher_is_said_where_it_stands(tmp_path: Path) -> No
 def test_a_fisher_mean_is_a_value() -> None:
     one = FisherMean(weights=(1.0, 2.0), floored=(True, False))
     assert one == one.model_copy() and not one.over_model
+
+
+# AIM
+
+
+@pytest.mark.parametrize("turned", [False, True], ids=["linear", "conv1d"])
+def test_aim_shortens_the_step_where_the_base_is_active(turned: bool, tmp_path: Path) -> None:
+    write_models(tmp_path, 16, 12, 20, turned=turned)
+    name = "l.0.w.weight"
+    activations = torch.from_numpy(np.abs(noise(4, 16))).float()
+    (tmp_path / "acts").mkdir()
+    save_file(encode("act_absmean", "float32", name, activations), tmp_path / "acts" / "model.safetensors")
+    told = facts(kind="act_absmean", codec="float32", groups={name: name}, transposed=[name] if turned else [])
+    (tmp_path / "acts" / "statistics.json").write_bytes(told.encoded())
+    node = {"op": "aim", "base": "a", "inputs": [{"model": "b", "act_absmean": "acts"}], "omega": 0.3}
+    recipe = Recipe(folder=tmp_path, models={"a": "./a", "b": "./b"}, artifacts={"acts": "./acts"}, nodes={"m": node})
+    run(recipe, tmp_path / "out")
+    found = weights_of(tmp_path / "out")
+    a, b = (weights_of(tmp_path / m) for m in "ab")
+    s = (activations / activations.max()).double().numpy()
+    kept = 1 - 0.7 * (s[:, None] if turned else s[None])
+    start, end = a[name].double().numpy(), b[name].double().numpy()
+    near(found[name].double().numpy(), start + kept * (end - start), 1e-6)
+    near(found["norm.weight"].double().numpy(), b["norm.weight"].double().numpy(), 1e-6)
+    run(recipe, tmp_path / "again", threads=2, memory=2**26)
+    assert files_of(tmp_path / "again") == files_of(tmp_path / "out")
+    told = facts(
+        kind="act_absmean",
+        codec="float32",
+        groups={name: name},
+        model={
+            "digest": "0" * 64,
+            "files": marks(open_checkpoint(locate(str(tmp_path / "b"), relative_to=tmp_path))),
+        },
+    )
+    (tmp_path / "acts" / "statistics.json").write_bytes(told.encoded())
+    with pytest.raises(MergeflowError, match="'acts' was collected on another model than 'a'"):
+        plan(recipe)

@@ -11,6 +11,7 @@ from importlib.metadata import EntryPoint, entry_points
 
 from mergeflow.errors import RecipeError, did_you_mean
 from mergeflow.ops.add import Add
+from mergeflow.ops.aim import Aim
 from mergeflow.ops.arcee_fusion import ArceeFusion
 from mergeflow.ops.base import LEAF, Block, DeltaOp, Op, Reduction, measure
 from mergeflow.ops.breadcrumbs import Breadcrumbs, BreadcrumbsTies
@@ -54,6 +55,7 @@ __all__ = [
     "LEAF",
     "OPS",
     "Add",
+    "Aim",
     "ArceeFusion",
     "Block",
     "Breadcrumbs",
@@ -141,6 +143,7 @@ OPS: tuple[type[Op], ...] = (
     Wudi,
     RegMean,
     Fisher,
+    Aim,
     TaskVector,
     Add,
     Scale,

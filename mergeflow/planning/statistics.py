@@ -10,9 +10,11 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from mergeflow.checkpoint import StoredTensor
+from mergeflow.checkpoint.sources import Along
 from mergeflow.checkpoint.statistics import LOSSY, Kind, Statistics, of_another
 from mergeflow.errors import RecipeError, did_you_mean
 from mergeflow.graph import Expression, Load, Made
+from mergeflow.ops.aim import Aim, AimStep
 from mergeflow.ops.base import Op, number, numbers
 from mergeflow.ops.fisher import Fisher, FisherMean, refuse_prior_without_base
 from mergeflow.ops.linear import Linear
@@ -77,6 +79,16 @@ class StatisticsTable(Table):
             return None
         return self.loads[self.checkpoint.names(tensor)[0]]
 
+    def along(self, weight: str, shape: tuple[int, ...]) -> Expression | None:
+        """A statistic of a weight's input channels, at every place of a matrix or vector of this shape; None without one."""
+        if self.kind not in ("act_absmean", "gram_diag", "input_mean") or not self.has(weight):
+            return None
+        load = self.loads[self.checkpoint.names(self.checkpoint.group(weight) or "")[0]]
+        turned = weight in self.checkpoint.turned
+        if load.tensor.shape != (shape[0 if turned else -1],):
+            return None
+        return Made(Along(rows=turned), (load,), FLOAT32, shape)
+
 
 class StatedTable(NodeTable):
     """A node whose inputs each have statistics beside their model."""
@@ -103,11 +115,12 @@ class StatedTable(NodeTable):
                 self.statistics.append(None)
                 continue
             self.statistics.append(table)
-            model = planner.table(one.model)
+            owner = self.measured_on(node, index)
+            model = planner.table(owner)
             if isinstance(model, ModelTable) and not one.by_names and of_another(table.facts, model.checkpoint):
                 planner.findings.add(
                     RecipeError(
-                        f"'{one.keys[self.key]}' was collected on another model than '{one.model}'"
+                        f"'{one.keys[self.key]}' was collected on another model than '{owner}'"
                         + (f": {table.facts.model.source}" if table.facts.model.source else ""),
                         where=where,
                         fix="Collect statistics of this model, or write `for: names` on the input to use them all the same.",
@@ -115,6 +128,10 @@ class StatedTable(NodeTable):
                 )
         super().__init__(planner, node)
         self._lint()
+
+    def measured_on(self, node: Node, index: int) -> str:
+        """The model that an input's statistics must be of."""
+        return node.inputs[index].model
 
     @property
     def sound(self) -> bool:
@@ -141,11 +158,11 @@ class StatedTable(NodeTable):
 
     def _on_deltas(self, op: Op) -> bool:
         """The op itself is given weights, what stands in its place as that wants it."""
-        return not isinstance(op, RegMean | Fisher) and super()._on_deltas(op)
+        return not isinstance(op, RegMean | Fisher | Aim) and super()._on_deltas(op)
 
     def _mean(self, op: Op) -> Op:
         """The mean with the op's own weights."""
-        weight = getattr(op, "weight")  # noqa: B009
+        weight = getattr(op, "weight", 1.0)
         if self.base is not None:
             return TaskArithmetic.model_construct(weight=weight, normalize=True, scale=1.0)
         return Linear.model_construct(weight=weight, normalize=True)
@@ -370,3 +387,41 @@ class FisherTable(StatedTable):
         if isinstance(ready, Ready) and isinstance(ready.op, FisherMean) and self.places[name].vocab:
             self.make.agreed[id(made)] = next(self.make.speakers(ready.inputs[0]))
         return made
+
+
+class AimTable(StatedTable):
+    """`aim`: each matrix whose input channels have activations is stepped to by channels."""
+
+    key = "act_absmean"
+    kinds = ("act_absmean",)
+
+    def _readied(
+        self, op: Op, name: str, kept: Sequence[int], expressions: Sequence[Expression], base: Expression | None
+    ) -> Ready | Expression:
+        table = self.statistics[0]
+        if not isinstance(op, Aim) or table is None or base is None:
+            return super()._readied(op, name, kept, expressions, base)
+        found = table.along(self.stored(0, name), self.tensors[name].shape)
+        if found is None:
+            self.findings.gather(
+                self.where("inputs", 0, self.key),
+                "the activations of {names} are of another number of channels",
+                "Collect them on the base.",
+                name,
+            )
+            return self._fallen()
+        (model,) = self._weights(name, kept, expressions, base)
+        key = id(op)
+        made = self.steps.get(key)
+        if made is None:
+            made = self.steps[key] = op.step()
+        return Ready(made, (base, model, found))
+
+    def __init__(self, planner: Planner, node: Node) -> None:
+        self.steps: dict[int, AimStep] = {}
+        """One op for all tensors where the resolved one is the same."""
+        super().__init__(planner, node)
+
+    def measured_on(self, node: Node, index: int) -> str:
+        """The base's activations are what steps are shortened by."""
+        return node.base or node.inputs[0].model
