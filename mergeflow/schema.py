@@ -448,14 +448,14 @@ def example(op: type[Op]) -> str:
     deltas = getattr(op, "deltas_only", False)
     items = [f"{{op: task_vector, base: base, model: {name}}}" if deltas else name for name in names]
     if op.input_keys:
-        items = [f"{{model: {name}, {', '.join(f'{key}: {name}_{key}' for key in op.input_keys)}}}" for name in names]
+        items = [f"{{model: {name}, {', '.join(f'{key}: {name}_{key}' for key in _named_keys(op))}}}" for name in names]
     lines = [
         "recipe: 1",
         f"name: {op.name.replace('_', '-')}-example",
         "models:",
         *(f"  {name}: ./{name}" for name in models),
         *(["artifacts:"] if op.input_keys else []),
-        *(f"  {name}_{key}: ./{name}_{key}" for name in names for key in op.input_keys),
+        *(f"  {name}_{key}: ./{name}_{key}" for name in names for key in _named_keys(op)),
         "nodes:",
         *(["  kept: {op: emr, base: base, inputs: [first, second]}"] if op.takes == "emr" else []),
         "  merged:",
@@ -531,6 +531,11 @@ def _parameter_lines(parameters: Sequence[_Parameter]) -> list[str]:
     return lines
 
 
+def _named_keys(op: type[Op]) -> list[str]:
+    """The keys that an example gives each input."""
+    return [key for key in op.input_keys if key not in op.optional_keys]
+
+
 def _numeric(schema: Schema) -> bool:
     return "number" in schema.get("type", ())
 
@@ -559,6 +564,7 @@ def _takes(op: type[Op]) -> str:
         words = f"inputs: {count}, models or nodes"
         if op.input_keys:
             words += f", each with {' and '.join(f'{key}:' for key in op.input_keys)} an artifact or node of statistics"
+            words += "".join(f" ({key}: may be left out)" for key in op.optional_keys)
     if op.may_base:
         return f"base: a model or node, if deltas are to be merged; {words}"
     return f"base: a model or node; {words}" if op.needs_base else words

@@ -28,6 +28,7 @@ from mergeflow.ops.iso_cts import IsoCts
 from mergeflow.ops.karcher import Karcher
 from mergeflow.ops.knots import Knots
 from mergeflow.ops.linear import Linear
+from mergeflow.ops.lot import Lot
 from mergeflow.ops.magmax import Magmax
 from mergeflow.ops.model_stock import ModelStock
 from mergeflow.ops.multislerp import MultiSlerp
@@ -77,6 +78,7 @@ __all__ = [
     "Karcher",
     "Knots",
     "Linear",
+    "Lot",
     "Magmax",
     "ModelStock",
     "MultiSlerp",
@@ -142,6 +144,7 @@ OPS: tuple[type[Op], ...] = (
     Cart,
     Wudi,
     RegMean,
+    Lot,
     Fisher,
     Aim,
     TaskVector,

@@ -18,6 +18,7 @@ from mergeflow.ops.aim import Aim, AimStep
 from mergeflow.ops.base import Op, number, numbers
 from mergeflow.ops.fisher import Fisher, FisherMean, refuse_prior_without_base
 from mergeflow.ops.linear import Linear
+from mergeflow.ops.lot import Lot
 from mergeflow.ops.regmean import RegMean, Solve
 from mergeflow.ops.task_arithmetic import TaskArithmetic
 from mergeflow.planning.expressions import FLOAT32, ONTO
@@ -25,7 +26,7 @@ from mergeflow.planning.findings import counted
 from mergeflow.planning.models import ModelTable, Table
 from mergeflow.planning.nodes import NodeTable, Ready
 from mergeflow.recipe import Node
-from mergeflow.settings import Place, places, value_at
+from mergeflow.settings import Each, Place, matches, places, value_at
 
 if TYPE_CHECKING:
     from mergeflow.planning.planner import Planner
@@ -158,7 +159,7 @@ class StatedTable(NodeTable):
 
     def _on_deltas(self, op: Op) -> bool:
         """The op itself is given weights, what stands in its place as that wants it."""
-        return not isinstance(op, RegMean | Fisher | Aim) and super()._on_deltas(op)
+        return not isinstance(op, RegMean | Lot | Fisher | Aim) and super()._on_deltas(op)
 
     def _mean(self, op: Op) -> Op:
         """The mean with the op's own weights."""
@@ -202,10 +203,11 @@ class RegmeanTable(StatedTable):
 
     key = "gram"
     kinds = ("gram", "gram_diag")
+    op: RegMean
 
     def __init__(self, planner: Planner, node: Node) -> None:
-        assert isinstance(node.op, RegMean)
-        self.op = node.op
+        if isinstance(node.op, RegMean):
+            self.op = node.op
         super().__init__(planner, node)
         self.reference = self._reference()
 
@@ -334,6 +336,66 @@ class RegmeanTable(StatedTable):
         except RecipeError:
             return None  # said where the tensor is planned
         return float(found[list(self.op.settings()).index("alpha")])
+
+
+class LotTable(RegmeanTable):
+    """`lot`: matrices as `regmean` around the base, and gains by the mean squares of what they multiply."""
+
+    def __init__(self, planner: Planner, node: Node) -> None:
+        assert isinstance(node.op, Lot)
+        self.op = node.op.at_matrix()
+        self.gains: list[StatisticsTable | None] = []
+        for index, one in enumerate(node.inputs):
+            name = one.keys.get("gram_diag")
+            table = planner.table(name) if name else None
+            if table is not None and not (isinstance(table, StatisticsTable) and table.kind == "gram_diag"):
+                planner.findings.add(
+                    RecipeError(
+                        f"`gram_diag` needs statistics of kind gram_diag, and '{name}' holds another",
+                        where=planner.recipe.where((*node.path, "inputs", index, "gram_diag")),
+                        fix="Name a folder or node of `op: gram_diag`.",
+                    )
+                )
+            self.gains.append(table if isinstance(table, StatisticsTable) and table.kind == "gram_diag" else None)
+        super().__init__(planner, node)
+
+    def _acts(self, place: Place, tensor: StoredTensor) -> bool:
+        return super()._acts(place, tensor) or (
+            len(tensor.shape) == 1
+            and (self.node.only is None or matches(self.node.only, place))
+            and all(one is not None and one.has(self.stored(i, place.name)) for i, one in enumerate(self.gains))
+        )
+
+    def _readied(
+        self, op: Op, name: str, kept: Sequence[int], expressions: Sequence[Expression], base: Expression | None
+    ) -> Ready | Expression:
+        if not isinstance(op, Lot) or base is None:
+            return super()._readied(op, name, kept, expressions, base)
+        if len(self.tensors[name].shape) == 2:
+            return super()._readied(op.at_matrix(), name, kept, expressions, base)
+        squares = []
+        for index in kept:
+            table = self.gains[index]
+            found = table and table.along(self.stored(index, name), self.tensors[name].shape)
+            if not found:
+                self.findings.gather(
+                    self.where("inputs", index, "gram_diag"),
+                    "the mean squares of {names} are of another number of channels",
+                    "Collect them on this model.",
+                    name,
+                )
+                return self._fallen()
+            squares.append(found)
+        pairs = zip(self._weights(name, kept, expressions, base), squares, strict=True)
+        given = tuple(one for pair in pairs for one in pair)
+        if number(op.scale) == 1:
+            return Ready(op.at_gain(), given)
+        mean = self.make.apply(op.at_gain(), given)
+        step = TaskArithmetic.model_construct(weight=Each((1.0,)), normalize=False, scale=number(op.scale))
+        return Ready(step, (base, self.make.difference(mean, base)))
+
+    def _lint(self) -> None:
+        """The smallest correction is no risk where tokens are few."""
 
 
 class FisherTable(StatedTable):
