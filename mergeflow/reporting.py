@@ -158,6 +158,7 @@ def mermaid(recipe: Recipe) -> str:
                 first, last = node.takes[index]
                 words = f'|"{first if first == last else f"{first}-{last}"}"|'
             lines.append(f"  {ids[one.model]} -->{words} {ids[name]}")
+            lines += [f"  {ids[other]} -. {key} .-> {ids[name]}" for key, other in one.keys.items()]
         for word, other in (("base", node.base), ("others", node.others), ("rest", node.rest)):
             if other:
                 lines.append(f"  {ids[other]} -. {word} .-> {ids[name]}")

@@ -942,3 +942,17 @@ def test_lot_is_the_smallest_least_squares_step_and_weighs_gains_by_mean_squares
     near(found["norm.weight"], models["base"]["norm.weight"] + scale * steps / (own["a"] + own["b"]), 1e-5)
     mean = (2 * models["a"]["l.0.w.bias"] + models["b"]["l.0.w.bias"]) / 3
     near(found["l.0.w.bias"], mean, 1e-5)
+
+
+def test_mean_squares_by_channel_serve_as_a_gram_without_correlations(tmp_path: Path) -> None:
+    xs = write_models(tmp_path, 16, 12, 50)
+    name = "l.0.w.weight"
+    squares = {m: xs[m].square().mean(0) for m in "ab"}
+    for m in "ab":
+        held = encode("gram_diag", "float32", name, squares[m])
+        save_file(held, tmp_path / f"{m}_gram" / "model.safetensors")
+        told = facts(kind="gram_diag", codec="float32", groups={name: name})
+        (tmp_path / f"{m}_gram" / "statistics.json").write_bytes(told.encoded())
+    a, b = (weights_of(tmp_path / m)[name].double() for m in "ab")
+    s = {m: squares[m].double() for m in "ab"}
+    near(run_regmean(tmp_path)[name].double().numpy(), ((s["a"] * a + s["b"] * b) / (s["a"] + s["b"])).numpy(), 1e-5)
