@@ -73,6 +73,8 @@ def rss_anon() -> float:
 
 def merge(work: Path) -> dict[str, float]:
     """Seconds, seconds of CPU and the highest RssAnon of the merge."""
+    import torch  # noqa: F401 - loading it is no part of a merge
+
     from mergeflow import Recipe, run
 
     recipe = Recipe(
