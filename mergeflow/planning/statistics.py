@@ -418,6 +418,10 @@ class FisherTable(StatedTable):
         except RecipeError as error:
             self.findings.add(error.placed(self.where()))
 
+    def _whole(self) -> int:
+        """Each with its Fisher information, and the base where there is one."""
+        return 2 * len(self.inputs) + (self.base is not None)
+
     def _readied(
         self, op: Op, name: str, kept: Sequence[int], expressions: Sequence[Expression], base: Expression | None
     ) -> Ready | Expression:
