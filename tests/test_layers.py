@@ -14,7 +14,7 @@ FLOORS: dict[int, str] = {
     8: "cli testing",
     7: "pipeline",
     6: "inspecting schema reporting importing",
-    5: "executing writing publishing",
+    5: "executing writing publishing stages",
     4: "planning restacking",
     3: "recipe graph layout",
     2: "ops checkpoint document",

@@ -106,6 +106,40 @@ class ArtifactSource(_Section):
         """An artifact is read by its usual files."""
 
 
+class DataSource(_Section):
+    """What a stage reads: a file or folder of rows, or a hub data set. The rows themselves go into no artifact."""
+
+    path: Text = Field(
+        min_length=1,
+        description="A file (.jsonl, .json, .csv, .tsv, .parquet, .txt), a folder of such files or of images, or a hub data set.",
+    )
+    kind: Literal["jsonl", "csv", "parquet", "text", "images", "hub"] | None = Field(
+        default=None, description="How to read it; default: by the ending of the file's name."
+    )
+    split: Text | None = Field(default=None, description="The split of a hub data set, e.g. train.")
+    revision: Text | None = Field(default=None, description="A hub commit, tag or branch.")
+    text: Text | None = Field(default=None, description="The field that holds the text; default: text.")
+    template: Text | None = Field(
+        default=None, description='The text made of several fields, e.g. "{question} {answer}"; {{ and }} are braces.'
+    )
+    messages: Text | None = Field(
+        default=None,
+        description="The field that holds a chat: a list of {role, content}, put through the chat template.",
+    )
+    features: Text | None = Field(
+        default=None, description="The field that holds numbers: a row for mergeflow_mlp, or an image's pixels."
+    )
+    label: Text | None = Field(
+        default=None,
+        description="The field that holds the label: a name or number of a class, a list of them for each token, or the text "
+        "to be written by a model that reads one text and writes another.",
+    )
+    limit: Annotated[int, Strict(), Field(ge=1)] | None = Field(
+        default=None, description="At most so many rows: the first, or with `seed` some drawn at random."
+    )
+    seed: Count | None = Field(default=None, description="Draw the rows that `limit` allows; they keep their order.")
+
+
 class OthersModel(_Section):
     """The node or model that gives the tensors that `only` leaves out."""
 
