@@ -10,9 +10,6 @@ experts at once" (the mean of their probabilities) are five models and not one, 
 from __future__ import annotations
 
 import argparse
-import contextlib
-import io
-import json
 import statistics
 import sys
 from pathlib import Path
@@ -20,6 +17,8 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "quickstart"))
+import commands
+from commands import command
 from digits import DOMAINS, in_domain, load
 from prepare import parts_of, prepare
 
@@ -43,21 +42,10 @@ ROWS = {
 }
 
 
-def command(*words: str) -> str:
-    """What a command prints: `mergeflow WORDS...`, without a process of its own."""
-    from mergeflow.cli import commands
-
-    with contextlib.redirect_stdout(io.StringIO()) as told:
-        commands.main(list(words), prog_name="mergeflow", standalone_mode=False)
-    return told.getvalue()
-
-
 def accuracies(model: Path, work: Path) -> dict[str, float]:
-    """`mergeflow eval`: how much a model gets right in each domain."""
-    files = [str(work / "data" / f"test-{domain}.jsonl") for domain in DOMAINS]
-    options = [word for file in files for word in ("--data", file)]
-    told = json.loads(command("eval", str(model), *options, "--batch-size", "256", "--threads", "1", "--json", "-q"))
-    return {domain: one["accuracy"] for domain, one in zip(DOMAINS, told["results"], strict=True)}
+    """How much a model gets right in each domain."""
+    files = [work / "data" / f"test-{domain}.jsonl" for domain in DOMAINS]
+    return dict(zip(DOMAINS, commands.accuracies(model, files, "--batch-size", "256", "--threads", "1"), strict=True))
 
 
 @torch.no_grad()
