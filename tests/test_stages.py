@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from mergeflow import cache, pipeline
 from mergeflow.checkpoint.statistics import open_statistics
 from mergeflow.document import dump_yaml
-from mergeflow.errors import InputError, MergeflowError, Problems, RecipeError
+from mergeflow.errors import InputError, MergeflowError, NumericError, Problems, RecipeError
 from mergeflow.hub import LocalFolder
 from mergeflow.pipeline import Result
 from mergeflow.recipe import Recipe, load_recipe
@@ -339,15 +339,17 @@ def test_a_plan_foresees_the_tensors_of_a_stage(here: Path, node: Mapping[str, A
 
 
 def test_a_plan_with_stages_reads_no_weight(here: Path) -> None:
-    # Holes in the place of weights: a plan that read one would see no difference; a hole that is no file at all, it would.
+    # NaN in the place of every number: who looked at one would say so, as a run does.
     for name in MODELS:
         path = here / name / "model.safetensors"
         length = 8 + int.from_bytes(path.read_bytes()[:8], "little")
         header, size = path.read_bytes()[:length], path.stat().st_size
-        path.write_bytes(header + b"\xff" * (size - length))  # NaN in every number
-    made = pipeline.plan(recipe({**{k: v for k, v in recipe().resolved["nodes"].items()}}))
+        path.write_bytes(header + b"\xff" * (size - length))
+    made = pipeline.plan(recipe())
     assert {row.name for row in made.rows} >= set(GROUPS)
     assert artifacts(here) == {}
+    with pytest.raises(NumericError):
+        pipeline.run(recipe(), "out")
 
 
 def test_a_mistake_elsewhere_in_the_recipe_is_found_before_a_stage_runs(here: Path) -> None:
