@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from mergeflow.checkpoint import StoredTensor
 from mergeflow.checkpoint.sources import Along
 from mergeflow.checkpoint.statistics import LOSSY, STATISTICS, Kind, Statistics, of_another
-from mergeflow.errors import RecipeError, did_you_mean
+from mergeflow.errors import InputError, RecipeError, did_you_mean
 from mergeflow.graph import Expression, Load, Made
 from mergeflow.ops.aim import Aim, AimStep
 from mergeflow.ops.base import Op, number, numbers
@@ -122,7 +122,7 @@ class StatedTable(NodeTable):
             model = planner.table(owner)
             if isinstance(model, ModelTable) and not one.by_names and of_another(table.facts, model.checkpoint):
                 planner.findings.add(
-                    RecipeError(
+                    InputError(
                         f"'{one.keys[self.key]}' was collected on another model than '{owner}'"
                         + (f": {table.facts.model.source}" if table.facts.model.source else ""),
                         where=where,
