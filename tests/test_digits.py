@@ -209,7 +209,14 @@ def test_statistics_that_are_sent_without_their_data_give_the_same_merge(
     work = works[0]
     domains = digits.DOMAINS
     for domain in domains:  # what the holder of the data does
-        words = ["--data", str(work / "data" / f"{domain}.jsonl"), "--codec", "packed32", "-o", str(tmp_path / domain)]
+        words = [
+            "--data",
+            str(work / "data" / f"{domain}.jsonl"),
+            "--option",
+            "codec=packed32",
+            "-o",
+            str(tmp_path / domain),
+        ]
         digits.command("stats", str(work / "models" / domain), "--kind", "gram", *words, "-q")
     recipe: dict[str, Any] = {  # and what the one who merges does
         "recipe": 1,
