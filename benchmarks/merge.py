@@ -426,11 +426,12 @@ def on_matrices(op: str, **parameters: Any) -> Case:
     return Case(BASE_AB, node, about=f"only at {PART}, the mean elsewhere")
 
 
-def with_statistics(op: str, key: str) -> Case:
+def with_statistics(op: str, key: str, *, inputs: tuple[str, ...] = AB, base: str | None = None) -> Case:
     """An op that reads statistics beside each input, on models small enough that making them is no work."""
-    inputs = [{"model": name, key: f"{name}_{key}", "for": "names"} for name in AB]
+    items = [{"model": name, key: f"{name}_{key}", "for": "names"} for name in inputs]
     about = f"on models of {SHAPES['small'].hidden} dimensions, with statistics of random numbers"
-    return Case(AB, {"op": op, "inputs": inputs}, shape="small", about=about, statistics=key)
+    node = {"op": op, **({"base": base} if base else {}), "inputs": items}
+    return Case((*((base,) if base else ()), *inputs), node, shape="small", about=about, statistics=key)
 
 
 def make_statistics(folder: Path, shape: Shape, key: str, number: int) -> Path:
@@ -449,7 +450,7 @@ def make_statistics(folder: Path, shape: Shape, key: str, number: int) -> Path:
     print(f"making {folder}", file=sys.stderr)
     folder.mkdir(parents=True, exist_ok=True)
     draw = torch.Generator().manual_seed(number)
-    kind: Any = "gram" if key == "gram" else "fisher_diag"
+    kind: Any = {"fisher": "fisher_diag"}.get(key, key)
     codec: Any = "correlation16" if key == "gram" else "float32"
     first = {"k_proj": "q_proj", "v_proj": "q_proj", "up_proj": "gate_proj"}
     groups: dict[str, str] = {}
@@ -463,7 +464,7 @@ def make_statistics(folder: Path, shape: Shape, key: str, number: int) -> Path:
             if groups[name] == name:
                 rows = torch.randn((2 * sizes[1], sizes[1]), generator=draw, dtype=torch.float64)
                 rows += torch.linspace(0, 1, sizes[1]) * rows[:, :1]
-                tensors |= encode(kind, codec, name, rows.T @ rows / len(rows))
+                tensors |= encode(kind, codec, name, rows.T @ rows / len(rows) if key == "gram" else rows.abs().mean(0))
     facts = Facts(
         kind=kind,
         codec=codec,
@@ -578,6 +579,8 @@ CASES = {
     "wudi": on_matrices("wudi", steps=20),
     "regmean": with_statistics("regmean", "gram"),
     "fisher": with_statistics("fisher", "fisher"),
+    "lot": with_statistics("lot", "gram", base="base"),
+    "aim": with_statistics("aim", "act_absmean", inputs=("a",), base="base"),
 }
 NO_CASE = ("regmean_pp", "gram", "gram_diag", "input_mean", "act_absmean", "fisher_diag")
 """Stages: their time is that of a model on data, which these checkpoints have no use for."""

@@ -28,6 +28,7 @@ from mergeflow.errors import MergeflowError, Problems, RecipeError, did_you_mean
 
 if TYPE_CHECKING:
     from mergeflow.recipe import Recipe
+    from mergeflow.recipe.grammar import DataSource
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -205,6 +206,54 @@ out_option = click.option(
 recipe_argument = click.argument("recipe", type=click.Path())
 
 
+def data_options(function: F) -> F:
+    """`--data`, any number of times, and how its rows are read; `data_sources` makes entries of them."""
+    options = [
+        click.option(
+            "--data",
+            "paths",
+            multiple=True,
+            required=True,
+            metavar="FILE",
+            help="Rows: .jsonl, .csv, .parquet, .txt, a folder of such files or of images, or a hub data set. May be repeated.",
+        ),
+        click.option("--text", metavar="FIELD", help="The field that holds the text; default: text."),
+        click.option("--template", metavar="TEXT", help='The text made of several fields, e.g. "{question} {answer}".'),
+        click.option("--messages", metavar="FIELD", help="The field that holds a chat, a list of {role, content}."),
+        click.option(
+            "--features", metavar="FIELD", help="The field that holds numbers, for mergeflow_mlp or as pixels."
+        ),
+        click.option("--label", metavar="FIELD", help="The field that holds the label."),
+        click.option(
+            "--kind",
+            type=click.Choice(["jsonl", "csv", "parquet", "text", "images", "hub"]),
+            help="How to read the data; default: by the ending of its name.",
+        ),
+        click.option("--split", help="The split of a hub data set, e.g. test."),
+        click.option("--data-revision", "revision", help="A commit, tag or branch of a hub data set."),
+        click.option(
+            "--limit", type=click.IntRange(min=1), help="At most so many rows: the first, or drawn with --data-seed."
+        ),
+        click.option("--data-seed", "seed", type=click.IntRange(min=0), help="Draw the rows that --limit allows."),
+    ]
+    for option in reversed(options):
+        function = option(function)
+    return function
+
+
+def data_sources(paths: tuple[str, ...], fields: dict[str, Any]) -> list[DataSource]:
+    """The entries of data that `data_options` describe."""
+    from mergeflow.recipe.grammar import DataSource
+
+    given = {name: value for name, value in fields.items() if value is not None}
+    return [DataSource.model_validate({"path": path, **given}) for path in paths]
+
+
+def path_of(model: str) -> str:
+    """A model as recipes write it: on the command line a folder that is there is meant, whatever its name looks like."""
+    return f"./{model}" if os.path.exists(model) and not model.startswith(("/", "./", "../", "~")) else model
+
+
 @commands.command()
 @recipe_argument
 @out_option
@@ -374,15 +423,68 @@ def inspect(model: str, revision: str | None, subfolder: str | None, file: str |
     from mergeflow.hub import locate
     from mergeflow.inspecting import inspect_model, inspect_text
 
-    # On the command line a folder that is there is meant, whatever its name looks like.
-    path = f"./{model}" if os.path.exists(model) and not model.startswith(("/", "./", "../", "~")) else model
-    folder = locate(path, revision=revision, subfolder=subfolder, relative_to=Path())
+    folder = locate(path_of(model), revision=revision, subfolder=subfolder, relative_to=Path())
     adapter = file is None and holds_adapter(folder)
     if folder.exists(STATISTICS) and file is None:
         data = inspect_model(open_statistics(folder))
     else:
         data = inspect_model(open_adapter(folder) if adapter else open_checkpoint(folder, file=file))
     click.echo(json.dumps(data, indent=1) if as_json else inspect_text(data))
+
+
+@commands.command("eval")
+@click.argument("model")
+@data_options
+@click.option(
+    "--batch-size", type=click.IntRange(1, 1 << 16), default=8, show_default=True, help="Rows that run together."
+)
+@click.option("--max-length", type=click.IntRange(min=1), help="Tokens read at once; default: the model's context.")
+@click.option("--device", default="cpu", show_default=True, metavar="cpu|cuda|cuda:N", help="Where the model runs.")
+@threads_option
+@json_option
+@click.option("-q", "--quiet", is_flag=True, help="No progress.")
+def eval_(
+    model: str,
+    paths: tuple[str, ...],
+    batch_size: int,
+    max_length: int | None,
+    device: str,
+    threads: int | None,
+    as_json: bool,
+    quiet: bool,
+    **fields: Any,
+) -> None:
+    """Say how good MODEL is on data: a whole folder or hub repository, with config and tokenizer.
+
+    Of a classifier accuracy and macro-F1, each the plain mean over the entries of --data; of a causal language model bits per
+    byte of text and perplexity by token. Labels are read from the field `label` unless --label names another.
+    """
+    from mergeflow import evaluating
+
+    check_device(device)
+    sources = data_sources(paths, fields)
+    shown = _Progress(quiet, unit="rows")
+    try:
+        found = evaluating.evaluate(
+            evaluating.model_folder(path_of(model), Path()),
+            sources,
+            relative_to=Path(),
+            label=model,
+            batch_size=batch_size,
+            max_length=max_length,
+            device=device,
+            threads=threads,
+            progress=shown.update,
+        )
+    finally:
+        shown.close()
+    for warning in evaluating.warnings(found):
+        click.echo(f"warning: {printable(warning)}", err=True)
+    click.echo(
+        json.dumps(evaluating.evaluation_data(found), indent=1)
+        if as_json
+        else printable(evaluating.evaluation_text(found))
+    )
 
 
 @commands.command()
@@ -559,8 +661,9 @@ class _Progress:
 
     LINE_SECONDS = 10.0
 
-    def __init__(self, quiet: bool) -> None:
+    def __init__(self, quiet: bool, unit: str = "") -> None:
         self.quiet = quiet
+        self.unit = unit
         self.terminal = sys.stderr.isatty()
         self.what = ""
         self.bar: Any = None
@@ -588,20 +691,34 @@ class _Progress:
             if self.terminal:
                 from tqdm import tqdm
 
-                unit = {"unit": "B", "unit_scale": True} if what in _BYTES else {"unit": ""}
-                self.bar = tqdm(total=total, desc=what, **unit, leave=False, file=sys.stderr, mininterval=0.2)
+                self.bar = tqdm(
+                    total=total,
+                    desc=what,
+                    unit=self._unit,
+                    unit_scale=self._unit == "B",
+                    leave=False,
+                    file=sys.stderr,
+                    mininterval=0.2,
+                )
         self.done += done
         if self.bar is not None:
             self.bar.update(done)
         elif not self.terminal and time.monotonic() - self.spoke > self.LINE_SECONDS:
-            from mergeflow.reporting import size_text
-
             self.spoke = now = time.monotonic()
             speed = self.done / max(now - self.started, 1e-9)
             left = (self.total - self.done) / speed if speed else 0.0
-            text: Callable[[float], str] = size_text if what in _BYTES else (lambda count: f"{count:.0f}")
-            shown = f"{text(self.done)} of {text(self.total)}, {text(speed)}/s, {left:.0f} s left"
-            self.say(f"{what}: {shown}")
+            amounts = [self._amount(count) for count in (self.done, self.total, speed)]
+            self.say(f"{what}: {amounts[0]} of {amounts[1]}, {amounts[2]}/s, {left:.0f} s left")
+
+    def _amount(self, count: float) -> str:
+        from mergeflow.reporting import size_text
+
+        return size_text(count) if self._unit == "B" else f"{count:.0f} {self._unit}".rstrip()
+
+    @property
+    def _unit(self) -> str:
+        """Bytes for what is fetched, read or written; stages count batches, layers or examples."""
+        return "B" if self.what in _BYTES else self.unit
 
     def say(self, line: str) -> None:
         """A line on stderr; a run is not given up because nobody reads them any more."""

@@ -19,7 +19,7 @@ from mergeflow.checkpoint.statistics import Statistics
 from mergeflow.errors import InputError, printable
 from mergeflow.planning import EMBEDDINGS, HEADS, QUANTISED, SPACE_KEY
 from mergeflow.publishing import MANIFEST
-from mergeflow.settings import places
+from mergeflow.settings import places, runs
 
 LONGEST_WORD = 200
 WIDEST_NAME = 72
@@ -357,13 +357,7 @@ def _braced(numbers: Sequence[int]) -> str:
 
 def _ranges(numbers: Sequence[int]) -> str:
     """Sorted numbers as a recipe's patterns have them: `0-3`, `0,4,8`, `0-3,7`."""
-    runs: list[list[int]] = []
-    for number in numbers:
-        if runs and number == runs[-1][1] + 1:
-            runs[-1][1] = number
-        else:
-            runs.append([number, number])
-    return ",".join(str(first) if first == last else f"{first}-{last}" for first, last in runs)
+    return ",".join(str(first) if first == last else f"{first}-{last}" for first, last in runs(numbers))
 
 
 def _plain(value: Any) -> str:

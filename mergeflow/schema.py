@@ -475,16 +475,17 @@ def example(op: type[Op], parameters: Sequence[_Parameter] = ()) -> str:
     items = [f"{{op: task_vector, base: base, model: {name}}}" if deltas else name for name in names]
     data: list[str] = []
     nodes = ["  kept: {op: emr, base: base, inputs: [first, second]}"] if op.takes == "emr" else []
-    if op.input_keys:
+    named = _named_keys(op)
+    if named:
         data = [f"  {name}_data: ./{name}.jsonl" for name in names]
         nodes += [
             f"  {name}_{key}: {{op: {kind}, model: {name}, data: {name}_data"
             + "".join(f", {word}: {value}" for word, value in _SAID.get(kind, {}).items())
             + "}"
-            for key, kind in ((key, collector_of(key)) for key in op.input_keys)
+            for key, kind in ((key, collector_of(key)) for key in named)
             for name in names
         ]
-        items = [f"{{model: {name}, {', '.join(f'{key}: {name}_{key}' for key in op.input_keys)}}}" for name in names]
+        items = [f"{{model: {name}, {', '.join(f'{key}: {name}_{key}' for key in named)}}}" for name in names]
     collects = issubclass(op, StatisticsOp)
     if collects:
         data = ["  texts: ./texts.jsonl"]
@@ -573,6 +574,11 @@ def _parameter_lines(parameters: Sequence[_Parameter]) -> list[str]:
     return lines
 
 
+def _named_keys(op: type[Op]) -> list[str]:
+    """The keys that an example gives each input."""
+    return [key for key in op.input_keys if key not in op.optional_keys]
+
+
 def _numeric(schema: Schema) -> bool:
     return "number" in schema.get("type", ())
 
@@ -653,7 +659,7 @@ def _words(schema: Schema) -> str:
 
 def _kind(schema: Schema) -> str:
     """The JSON type of a value, the first where a variable may stand too."""
-    kinds = schema.get("type", "anything")
+    kinds = schema.get("type", "object" if "$ref" in schema else "anything")
     return str(kinds[0] if isinstance(kinds, list) else kinds)
 
 

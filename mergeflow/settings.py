@@ -64,6 +64,17 @@ def in_stack(name: str) -> tuple[str, int, str] | None:
     return (name[: found.start()], int(found[1]), name[found.end() :]) if found else None
 
 
+def runs(numbers: Iterable[int]) -> list[tuple[int, int]]:
+    """Sorted numbers as ranges, both ends included."""
+    found: list[tuple[int, int]] = []
+    for number in numbers:
+        if found and number == found[-1][1] + 1:
+            found[-1] = (found[-1][0], number)
+        else:
+            found.append((number, number))
+    return found
+
+
 def places(names: Iterable[str], vocab: Iterable[str] = ()) -> dict[str, Place]:
     """The place of each name. A stack is a prefix before the first all-digit component; expert numbers never count."""
     split: dict[str, tuple[str, int]] = {}

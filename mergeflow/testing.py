@@ -168,7 +168,7 @@ class OpConformance:
         super().__init_subclass__()
         if "op" not in cls.__dict__:
             return
-        if cls.op.takes not in ("model", "inputs"):
+        if cls.op.takes not in ("model", "inputs") or cls.op.input_keys:
             cases: Sequence[Case] = ()
         else:
             cases = cls().cases()

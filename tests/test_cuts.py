@@ -20,6 +20,7 @@ from mergeflow.dtypes import BY_NAME
 from mergeflow.errors import MergeflowError
 from mergeflow.graph import Apply, Expression, Load, Made, Measure, Row
 from mergeflow.ops import LEAF, Block, Op, Reduction, Ties
+from mergeflow.settings import Place
 
 SHAPES = {
     "wide": (700, 301),
@@ -427,3 +428,25 @@ def test_float64_beside_float32_in_a_measured_model_is_refused_where_entries_are
     assert "compares the entries of the whole model, and float64 stands beside narrower dtypes at 'y'" in said
     run(made(only="x", others={"model": "a"}), tmp_path / "out")
     assert weights_of(tmp_path / "out")["y"].dtype is torch.float64
+
+
+def test_what_is_collected_block_by_block_lies_in_few_arrays() -> None:
+    """Small arrays that stay, each between large blocks that go, kept 300 MiB from being used again."""
+    op = Ties(density=0.3)
+    resolved = op.resolved(op.values_at(Place(""), range(1)))
+    tensors = [torch.zeros(40 * LEAF), noise(1, 40 * LEAF)]
+    sample = resolved.reduction(())
+    assert sample is not None
+    known = (sample.finish(sample.merge([sample.block([one[:LEAF] for one in tensors], Block())])),)
+    inside = resolved.reduction(known)
+    assert inside is not None
+    total: Any = None
+    for start in range(0, 40 * LEAF, LEAF):
+        part = inside.block([one[start : start + LEAF] for one in tensors], Block(start, known, (40 * LEAF,)))
+        total = part if total is None else inside.merge([total, part])
+    assert len(total.values[0]) <= 8
+    assert len(total.by_leaf[0]) <= 8
+    assert sum(map(len, total.by_leaf[0])) == 40
+    (found,) = inside.finish(total)
+    kept = int((tensors[1].abs() >= found.at()).sum())
+    assert kept == int(0.3 * 40 * LEAF)

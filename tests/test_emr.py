@@ -217,6 +217,17 @@ def test_a_task_that_lacks_a_tensor_is_refused_where_it_would_be_left_out(mode: 
     assert made["mask.math.v"].any()
 
 
+def test_integers_that_tasks_do_not_agree_on_are_refused_until_a_rule_chooses(tmp_path: Path) -> None:
+    given = stored(tmp_path)
+    save(tmp_path / "code", {**given["code"], "count": torch.arange(3) + 1})
+    nodes = {"kept": emr(), "back": task_nodes("kept")["code_again"]}
+    with pytest.raises(MergeflowError, match="count: integer and boolean tensors are never computed on"):
+        run(recipe(tmp_path, nodes), tmp_path / "refused")
+    chosen = {"op": "select", "rules": [{"match": "count", "model": "code"}, {"model": "back"}]}
+    run(recipe(tmp_path, {**nodes, "whole": chosen}), tmp_path / "whole")
+    assert torch.equal(weights_of(tmp_path / "whole")["count"], torch.arange(3) + 1)
+
+
 def test_an_artifact_says_what_it_is_and_can_be_made_again(tmp_path: Path) -> None:
     stored(tmp_path)
     run(recipe(tmp_path, {"kept": emr()}), tmp_path / "kept")

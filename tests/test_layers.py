@@ -13,7 +13,7 @@ FLOORS: dict[int, str] = {
     9: "__main__",
     8: "cli testing",
     7: "pipeline",
-    6: "inspecting schema reporting importing preparing",
+    6: "inspecting schema reporting importing preparing evaluating",
     5: "executing writing publishing stages",
     4: "planning restacking",
     3: "recipe graph layout",

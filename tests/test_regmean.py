@@ -853,3 +853,106 @@ def test_what_is_wrong_with_fisher_is_said_where_it_stands(tmp_path: Path) -> No
 def test_a_fisher_mean_is_a_value() -> None:
     one = FisherMean(weights=(1.0, 2.0), floored=(True, False))
     assert one == one.model_copy() and not one.over_model
+
+
+# AIM
+
+
+@pytest.mark.parametrize("turned", [False, True], ids=["linear", "conv1d"])
+def test_aim_shortens_the_step_where_the_base_is_active(turned: bool, tmp_path: Path) -> None:
+    write_models(tmp_path, 16, 12, 20, turned=turned)
+    name = "l.0.w.weight"
+    activations = torch.from_numpy(np.abs(noise(4, 16))).float()
+    (tmp_path / "acts").mkdir()
+    save_file(encode("act_absmean", "float32", name, activations), tmp_path / "acts" / "model.safetensors")
+    told = facts(kind="act_absmean", codec="float32", groups={name: name}, transposed=[name] if turned else [])
+    (tmp_path / "acts" / "statistics.json").write_bytes(told.encoded())
+    node = {"op": "aim", "base": "a", "inputs": [{"model": "b", "act_absmean": "acts"}], "omega": 0.3}
+    recipe = Recipe(folder=tmp_path, models={"a": "./a", "b": "./b"}, artifacts={"acts": "./acts"}, nodes={"m": node})
+    run(recipe, tmp_path / "out")
+    found = weights_of(tmp_path / "out")
+    a, b = (weights_of(tmp_path / m) for m in "ab")
+    s = (activations / activations.max()).double().numpy()
+    kept = 1 - 0.7 * (s[:, None] if turned else s[None])
+    start, end = a[name].double().numpy(), b[name].double().numpy()
+    near(found[name].double().numpy(), start + kept * (end - start), 1e-6)
+    near(found["norm.weight"].double().numpy(), b["norm.weight"].double().numpy(), 1e-6)
+    run(recipe, tmp_path / "again", threads=2, memory=2**26)
+    assert files_of(tmp_path / "again") == files_of(tmp_path / "out")
+    told = facts(
+        kind="act_absmean",
+        codec="float32",
+        groups={name: name},
+        model={
+            "digest": "0" * 64,
+            "files": marks(open_checkpoint(locate(str(tmp_path / "b"), relative_to=tmp_path))),
+        },
+    )
+    (tmp_path / "acts" / "statistics.json").write_bytes(told.encoded())
+    with pytest.raises(MergeflowError, match="'acts' was collected on another model than 'a'"):
+        plan(recipe)
+
+
+# LOT
+
+
+@pytest.mark.parametrize("scale", [1.0, 0.6])
+def test_lot_is_the_smallest_least_squares_step_and_weighs_gains_by_mean_squares(scale: float, tmp_path: Path) -> None:
+    xs = write_models(tmp_path, 16, 12, 5)  # ten tokens for sixteen dimensions
+    generator = torch.Generator().manual_seed(9)
+    base = {
+        n: torch.randn(t.shape, generator=generator) if t.is_floating_point() else t
+        for n, t in weights_of(tmp_path / "a").items()
+    }
+    (tmp_path / "base").mkdir()
+    save_file(base, tmp_path / "base" / "model.safetensors")
+    (tmp_path / "base" / "config.json").write_text("{}")
+    squares = {m: torch.from_numpy(noise(20 + i, 16) ** 2).float() for i, m in enumerate("ab")}
+    for m in "ab":
+        (tmp_path / f"{m}_diag").mkdir()
+        save_file(
+            encode("gram_diag", "float32", "norm.weight", squares[m]), tmp_path / f"{m}_diag" / "model.safetensors"
+        )
+        told = facts(kind="gram_diag", codec="float32", groups={"norm.weight": "norm.weight"})
+        (tmp_path / f"{m}_diag" / "statistics.json").write_bytes(told.encoded())
+    inputs = [
+        {"model": "a", "gram": "a_gram", "gram_diag": "a_diag", "weight": 2},
+        {"model": "b", "gram": "b_gram", "gram_diag": "b_diag"},
+    ]
+    recipe = Recipe(
+        folder=tmp_path,
+        models={n: f"./{n}" for n in ("a", "b", "base")},
+        artifacts={f"{m}_{k}": f"./{m}_{k}" for m in "ab" for k in ("gram", "diag")},
+        nodes={"m": {"op": "lot", "base": "base", "inputs": inputs, "scale": scale}},
+    )
+    run(recipe, tmp_path / "out")
+    found = {n: t.double().numpy() for n, t in weights_of(tmp_path / "out").items()}
+    models = {m: {n: t.double().numpy() for n, t in weights_of(tmp_path / m).items()} for m in ("a", "b", "base")}
+    name = "l.0.w.weight"
+    whole = oracle(
+        [x.double().numpy() for x in xs.values()],
+        [models[m][name] for m in "ab"],
+        (2.0, 1.0),
+        1.0,
+        around=models["base"][name],
+    )
+    near(found[name], models["base"][name] + scale * (whole - models["base"][name]), 1e-5)
+    own = {m: squares[m].double().numpy() * c for m, c in zip("ab", (2, 1), strict=True)}
+    steps = sum(own[m] * (models[m]["norm.weight"] - models["base"]["norm.weight"]) for m in "ab")
+    near(found["norm.weight"], models["base"]["norm.weight"] + scale * steps / (own["a"] + own["b"]), 1e-5)
+    mean = (2 * models["a"]["l.0.w.bias"] + models["b"]["l.0.w.bias"]) / 3
+    near(found["l.0.w.bias"], mean, 1e-5)
+
+
+def test_mean_squares_by_channel_serve_as_a_gram_without_correlations(tmp_path: Path) -> None:
+    xs = write_models(tmp_path, 16, 12, 50)
+    name = "l.0.w.weight"
+    squares = {m: xs[m].square().mean(0) for m in "ab"}
+    for m in "ab":
+        held = encode("gram_diag", "float32", name, squares[m])
+        save_file(held, tmp_path / f"{m}_gram" / "model.safetensors")
+        told = facts(kind="gram_diag", codec="float32", groups={name: name})
+        (tmp_path / f"{m}_gram" / "statistics.json").write_bytes(told.encoded())
+    a, b = (weights_of(tmp_path / m)[name].double() for m in "ab")
+    s = {m: squares[m].double() for m in "ab"}
+    near(run_regmean(tmp_path)[name].double().numpy(), ((s["a"] * a + s["b"] * b) / (s["a"] + s["b"])).numpy(), 1e-5)

@@ -54,6 +54,22 @@ class Everywhere(Source):
 
 
 @dataclass(frozen=True, slots=True)
+class Along(Source):
+    """A stored vector at every place of a matrix: entry j in column j, or, by `rows`, entry i in row i."""
+
+    rows: bool = False
+
+    def make(self, read: Read, start: int, stop: int, shape: tuple[int, ...], compute: torch.dtype) -> Tensor:
+        """Elements [start, stop)."""
+        import torch
+
+        columns = max(shape[-1], 1)
+        vector = read(0, 0, shape[0] if self.rows else columns).to(compute)
+        place = torch.arange(start, stop, device=vector.device)
+        return vector[place // columns if self.rows else place % columns]
+
+
+@dataclass(frozen=True, slots=True)
 class Zeros(Source):
     """A tensor of zeros, which reads nothing."""
 

@@ -11,6 +11,7 @@ from importlib.metadata import EntryPoint, entry_points
 
 from mergeflow.errors import RecipeError, did_you_mean
 from mergeflow.ops.add import Add
+from mergeflow.ops.aim import Aim
 from mergeflow.ops.arcee_fusion import ArceeFusion
 from mergeflow.ops.base import LEAF, Block, DeltaOp, Op, Reduction, measure
 from mergeflow.ops.breadcrumbs import Breadcrumbs, BreadcrumbsTies
@@ -27,6 +28,7 @@ from mergeflow.ops.iso_cts import IsoCts
 from mergeflow.ops.karcher import Karcher
 from mergeflow.ops.knots import Knots
 from mergeflow.ops.linear import Linear
+from mergeflow.ops.lot import Lot
 from mergeflow.ops.magmax import Magmax
 from mergeflow.ops.model_stock import ModelStock
 from mergeflow.ops.multislerp import MultiSlerp
@@ -57,6 +59,7 @@ __all__ = [
     "OPS",
     "ActAbsmean",
     "Add",
+    "Aim",
     "ArceeFusion",
     "Block",
     "Breadcrumbs",
@@ -82,6 +85,7 @@ __all__ = [
     "Karcher",
     "Knots",
     "Linear",
+    "Lot",
     "Magmax",
     "ModelStock",
     "MultiSlerp",
@@ -150,7 +154,9 @@ OPS: tuple[type[Op], ...] = (
     Wudi,
     RegMean,
     RegMeanPP,
+    Lot,
     Fisher,
+    Aim,
     TaskVector,
     Add,
     Scale,

@@ -301,6 +301,8 @@ _MARGIN = 0.005
 of a sample of `LEAF` elements at the worst density, since a wider one costs more than a rare miss."""
 _MOST_INSIDE = 1 << 21
 """Elements that are collected at most, of all deltas of a tensor."""
+_MOST_PIECES = 8
+"""Arrays in which what was collected lies."""
 
 _Bracket = tuple[int, int]
 """The lowest and the highest magnitude inside, as integers."""
@@ -415,8 +417,8 @@ class _Inside(Reduction):
         return _Collected(
             tuple(map(sum, zip(*(part.elements for part in sound), strict=True))),
             tuple(map(sum, zip(*(part.above for part in sound), strict=True))),
-            tuple(tuple(chain.from_iterable(one)) for one in zip(*(part.by_leaf for part in sound), strict=True)),
-            tuple(values),
+            tuple(_joined(tuple(chain(*one))) for one in zip(*(part.by_leaf for part in sound), strict=True)),
+            tuple(map(_joined, values)),
         )
 
     def finish(self, total: _Collected | None) -> tuple[Threshold | None, ...] | None:
@@ -450,6 +452,13 @@ class _Inside(Reduction):
                 one = replace(one, leaf=leaf, rest=need - (int(ties[leaf - 1]) if leaf else 0))
             found.append(one)
         return tuple(found)
+
+
+def _joined(pieces: tuple[NDArray[Any], ...]) -> tuple[NDArray[Any], ...]:
+    """The same values in few pieces: many small ones would lie between the large blocks, and keep their memory from reuse."""
+    import numpy as np
+
+    return pieces if len(pieces) <= _MOST_PIECES else (np.concatenate(pieces),)
 
 
 class _Counts(Reduction):

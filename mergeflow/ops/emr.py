@@ -69,7 +69,8 @@ class EmrApply(Op):
     """Make one task's model of what `emr` kept.
 
     theta_0 + scaler_t mask_t unified, element by element, for a task t of an `emr` node or of its artifact
-    (`artifacts: {merged: ./merged}`); integer tensors are the base's. Computed in float32 (float64 if any input is).
+    (`artifacts: {merged: ./merged}`). Integer tensors are the base's; from a node, the inputs' must be equal to it. Computed in
+    float32 (float64 if any input is).
 
     From a node nothing is written in between; an artifact in bfloat16 or float16 has its unified delta rounded.
     """

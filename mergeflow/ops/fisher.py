@@ -55,8 +55,9 @@ class Fisher(Op):
     normalize: Literal["none", "model_l2", "trace"] = Field(
         default="none", description="Divide each Fisher diagonal by its norm, or its sum, over the model."
     )
-    floor: Floor = Field(
-        default=Floor(abs=1e-6), description="The least a Fisher entry counts: {abs: 1e-6}, or {rel: 1e-3} of its mean."
+    floor: Floor | None = Field(
+        default=None,
+        description="The least a Fisher entry counts: {rel: 1e-3} of its mean, or as without it {abs: 1e-6}.",
     )
     favor: str | None = Field(
         default=None, description="The model name of the only input whose Fisher information has the floor."
@@ -79,7 +80,7 @@ class Fisher(Op):
             weights=tuple(weights),
             floored=tuple(floored),
             normalize=self.normalize,
-            floor=self.floor,
+            floor=self.floor or Floor(abs=1e-6),
             prior=self.prior,
         )
 

@@ -346,16 +346,21 @@ class Sums:
         return self.grams[0].shape[0]
 
     def _read(self, index: int) -> Iterator[tuple[int, int, Tensor, Tensor]]:
-        """Rows [start, stop) of c_i G~_i, a new tensor, and c_i times the diagonal's part of them."""
+        """Rows [start, stop) of a Gram, a new tensor, and the diagonal's part of them."""
         import torch
 
         for start, stop in _pieces(self.d, max(_ENTRIES // self.d, 1)):
             rows = self.grams[index].rows(start, stop).to(self.dtype, copy=True)
             place = torch.arange(stop - start, device=rows.device)
-            diagonal = rows[place, place + start] * self.weights[index]
-            rows *= self.alpha * self.weights[index]
-            rows[place, place + start] = diagonal
-            yield start, stop, rows, diagonal
+            yield start, stop, rows, rows[place, place + start]
+
+    def _root(self, diagonal: Tensor) -> tuple[Tensor, Tensor]:
+        """The root of the sum's diagonal with its ridge, 1 where that is 0, and where it is not."""
+        import torch
+
+        diagonal = diagonal + self.ridge * diagonal.mean()
+        alive = diagonal > 0
+        return torch.where(alive, diagonal, 1.0).sqrt(), alive
 
     def root(self) -> Tensor:
         """The root of the sum's diagonal, 1 where that is 0."""
@@ -364,29 +369,25 @@ class Sums:
         diagonal = torch.zeros(self.d, dtype=self.dtype, device=self.device)
         for index, weight in enumerate(self.weights):
             for start, stop, _, part in self._read(index) if weight else ():
-                diagonal[start:stop] += part
-        diagonal += self.ridge * diagonal.mean()
-        return torch.where(diagonal > 0, diagonal, 1.0).sqrt()
+                diagonal[start:stop] += part * weight
+        return self._root(diagonal)[0]
 
     def equilibrated(self) -> tuple[Tensor, Tensor, Tensor]:
         """The sum, its rows and columns divided by the root of its diagonal; that root; and which channels are not dead.
 
-        Dead channels have a 1 of their own.
+        Its diagonal is 1, that of dead channels too.
         """
         import torch
 
         total = torch.zeros(self.d, self.d, dtype=self.dtype, device=self.device)
         for index, weight in enumerate(self.weights):
             for start, stop, rows, _ in self._read(index) if weight else ():
-                total[start:stop] += rows
-        diagonal = total.diagonal()
-        diagonal += self.ridge * diagonal.mean()
-        alive = diagonal > 0
-        root = torch.where(alive, diagonal, 1.0).sqrt()
-        diagonal.masked_fill_(~alive, 1.0)
+                total[start:stop] += rows if weight == 1 else rows.mul_(weight)
+        root, alive = self._root(total.diagonal())
         for start, stop in _pieces(self.d, max(_ENTRIES // self.d, 1)):
-            total[start:stop] /= root[start:stop, None]
+            total[start:stop] *= self.alpha / root[start:stop, None]
             total[start:stop] /= root
+        total.diagonal().fill_(1)
         return total, root, alive
 
     def products(self, delta: Callable[[int], Tensor], outputs: int) -> Tensor:
@@ -398,8 +399,10 @@ class Sums:
             if not weight:
                 continue
             own = delta(index)
-            for start, stop, rows, _ in self._read(index):
-                right[:, start:stop] += own @ rows.mT
+            for start, stop, rows, diagonal in self._read(index):
+                part = (own @ rows.mT).mul_(self.alpha * weight)
+                part += own[:, start:stop] * (diagonal * ((1 - self.alpha) * weight))
+                right[:, start:stop] += part
         return right
 
     def times(self, values: Tensor) -> Tensor:
@@ -409,7 +412,7 @@ class Sums:
             mean = 0.0
             for index, weight in enumerate(self.weights):
                 for _, _, _, part in self._read(index) if weight else ():
-                    mean += float(part.sum()) / self.d
+                    mean += float(part.sum()) * weight / self.d
             right += values * (self.ridge * mean)
         return right
 

@@ -123,6 +123,10 @@ class EmrTable(Table):
         op = EmrTask(task=self.tasks.index(task))
         return Apply(op, (base, *ready.inputs), self._measure(name, ready))
 
+    def settled(self, name: str, base: Table) -> Expression | None:
+        """An integer or boolean tensor that is never computed on: the base's, which the run holds against the inputs'."""
+        return self.node.expression(name) if base is self.node.base and name in self.node.tensors else None
+
 
 class EmrArtifact(Table):
     """An artifact of `emr` on disk."""
@@ -173,6 +177,10 @@ class EmrArtifact(Table):
         scaler = Made(Everywhere(), (self.loads[self._scaler(task, name)],), kind, shape)
         return Apply(EmrStored(), (base, unified, mask, scaler))
 
+    def settled(self, name: str, base: Table) -> Expression | None:
+        """None: the artifact holds no integers."""
+        return None
+
 
 class EmrApplyTable(NodeTable):
     """One task's model: names, integers and what the artifact lacks nothing of from the base."""
@@ -208,7 +216,9 @@ class EmrApplyTable(NodeTable):
     def _made(self, name: str) -> Expression:
         assert self.base is not None
         base, stored = self.base.expression(name), self.tensors[name]
-        if self.source is None or stored.dtype.kind != "float":
+        if self.source is not None and stored.dtype.kind != "float":
+            return self.source.settled(name, self.base) or base
+        if self.source is None:
             return base
         unified = self.source.tensors.get(f"unified.{name}")
         if unified is None or unified.shape != stored.shape:

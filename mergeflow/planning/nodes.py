@@ -363,13 +363,17 @@ class NodeTable(Table):
         """The op at a tensor with its inputs, or the expression that stands there where nothing is computed."""
         return self.ready.get(name) or self.ready.setdefault(name, self._resolved(name))
 
+    def _whole(self) -> int:
+        """How many inputs a readied op has where none is left out."""
+        return len(self.inputs) + (self.base is not None)
+
     def measure(self) -> tuple[Measure, dict[str, int]]:
         """The measure of an op over the model, and how many leaves stand before each tensor in it."""
         if self.shared is None:
             over, keys = [], []
             before: dict[str, int] = {}
             leaves, op = 0, self.node.op
-            whole = len(self.inputs) + (self.base is not None)
+            whole = self._whole()
             wide: dict[bool, list[str]] = {True: [], False: []}
             for name in sorted(self.tensors):
                 if name in self.holders:

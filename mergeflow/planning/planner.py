@@ -25,7 +25,7 @@ from mergeflow.planning.findings import Findings, nearest, some
 from mergeflow.planning.models import SPACE_KEY, ModelTable, Table, packed, quantised, settle_ties
 from mergeflow.planning.nodes import NodeTable
 from mergeflow.planning.stacks import StackTable, counterparts, numbered_stacks
-from mergeflow.planning.statistics import FisherTable, RegmeanTable, StatisticsTable
+from mergeflow.planning.statistics import AimTable, FisherTable, LotTable, RegmeanTable, StatisticsTable
 from mergeflow.planning.vocabulary import Vocabularies
 from mergeflow.recipe import Node, Output, Recipe
 from mergeflow.settings import Gradient, Place, matches, value_at
@@ -34,9 +34,11 @@ NO_MODEL = ("artifact", "statistics")
 """Spaces of what is no model: nothing of a model stands beside it."""
 
 KINDS: Mapping[str, Callable[[Planner, Node], Table]] = {
+    "aim": AimTable,
     "emr": EmrTable,
     "emr_apply": EmrApplyTable,
     "fisher": FisherTable,
+    "lot": LotTable,
     "regmean": RegmeanTable,
     "stack": StackTable,
 }

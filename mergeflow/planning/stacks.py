@@ -21,7 +21,7 @@ from mergeflow.ops.base import Space
 from mergeflow.planning.models import HEADS, Table, from_config, rename_line
 from mergeflow.planning.nodes import NodeTable, _unlike
 from mergeflow.recipe import Node
-from mergeflow.settings import Each, Place, in_stack, places
+from mergeflow.settings import Each, Place, in_stack, places, runs
 
 if TYPE_CHECKING:
     from mergeflow.planning.planner import Planner
@@ -360,9 +360,9 @@ class StackTable(NodeTable):
     def _tell(self, blocks: str, taken: Sequence[tuple[int, int]]) -> None:
         """A note that says which layer comes from where."""
         own = Stacked(self.node.name, blocks, tuple(LayerSource(self.owner(i), n, "", n) for i, n in taken))
-        runs = own.runs()
-        shown = [f"{to} <- {source} {layers}" for to, source, layers in runs[:20]]
-        more = f" and {len(runs) - 20} runs more" if len(runs) > 20 else ""
+        found = own.runs()
+        shown = [f"{to} <- {source} {layers}" for to, source, layers in found[:20]]
+        more = f" and {len(found) - 20} runs more" if len(found) > 20 else ""
         self.findings.notes[f"'{self.node.name}' has {len(taken)} layers: {', '.join(shown)}{more}"] = None
 
     # Patterns and tensors
@@ -501,11 +501,6 @@ def _span(first: int, last: int) -> str:
 
 def _runs(numbers: Sequence[int]) -> str:
     """Sorted numbers as ranges: `0-3, 5`."""
-    runs: list[list[int]] = []
-    for number in numbers:
-        if runs and number == runs[-1][1] + 1:
-            runs[-1][1] = number
-        else:
-            runs.append([number, number])
-    shown = ", ".join(_span(*run) for run in runs[:8])
-    return shown if len(runs) <= 8 else f"{shown}, ..."
+    found = runs(numbers)
+    shown = ", ".join(_span(*run) for run in found[:8])
+    return shown if len(found) <= 8 else f"{shown}, ..."

@@ -10,12 +10,15 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from mergeflow.checkpoint import StoredTensor
+from mergeflow.checkpoint.sources import Along
 from mergeflow.checkpoint.statistics import LOSSY, STATISTICS, Kind, Statistics, of_another
-from mergeflow.errors import RecipeError, did_you_mean
+from mergeflow.errors import InputError, RecipeError, did_you_mean
 from mergeflow.graph import Expression, Load, Made
+from mergeflow.ops.aim import Aim, AimStep
 from mergeflow.ops.base import Op, number, numbers
 from mergeflow.ops.fisher import Fisher, FisherMean, refuse_prior_without_base
 from mergeflow.ops.linear import Linear
+from mergeflow.ops.lot import Lot
 from mergeflow.ops.regmean import RegMean, Solve
 from mergeflow.ops.task_arithmetic import TaskArithmetic
 from mergeflow.planning.expressions import FLOAT32, ONTO
@@ -23,7 +26,7 @@ from mergeflow.planning.findings import counted
 from mergeflow.planning.models import ModelTable, Table
 from mergeflow.planning.nodes import NodeTable, Ready
 from mergeflow.recipe import Node
-from mergeflow.settings import Place, places, value_at
+from mergeflow.settings import Each, Place, matches, places, value_at
 
 if TYPE_CHECKING:
     from mergeflow.planning.planner import Planner
@@ -79,6 +82,16 @@ class StatisticsTable(Table):
             return None
         return self.loads[self.checkpoint.names(tensor)[0]]
 
+    def along(self, weight: str, shape: tuple[int, ...]) -> Expression | None:
+        """A statistic of a weight's input channels, at every place of a matrix or vector of this shape; None without one."""
+        if self.kind not in ("act_absmean", "gram_diag", "input_mean") or not self.has(weight):
+            return None
+        load = self.loads[self.checkpoint.names(self.checkpoint.group(weight) or "")[0]]
+        turned = weight in self.checkpoint.turned
+        if load.tensor.shape != (shape[0 if turned else -1],):
+            return None
+        return Made(Along(rows=turned), (load,), FLOAT32, shape)
+
 
 class StatedTable(NodeTable):
     """A node whose inputs each have statistics beside their model."""
@@ -105,11 +118,12 @@ class StatedTable(NodeTable):
                 self.statistics.append(None)
                 continue
             self.statistics.append(table)
-            model = planner.table(one.model)
+            owner = self.measured_on(node, index)
+            model = planner.table(owner)
             if isinstance(model, ModelTable) and not one.by_names and of_another(table.facts, model.checkpoint):
                 planner.findings.add(
-                    RecipeError(
-                        f"'{one.keys[self.key]}' was collected on another model than '{one.model}'"
+                    InputError(
+                        f"'{one.keys[self.key]}' was collected on another model than '{owner}'"
                         + (f": {table.facts.model.source}" if table.facts.model.source else ""),
                         where=where,
                         fix="Collect statistics of this model, or write `for: names` on the input to use them all the same.",
@@ -117,6 +131,10 @@ class StatedTable(NodeTable):
                 )
         super().__init__(planner, node)
         self._lint()
+
+    def measured_on(self, node: Node, index: int) -> str:
+        """The model that an input's statistics must be of."""
+        return node.inputs[index].model
 
     @property
     def sound(self) -> bool:
@@ -143,11 +161,11 @@ class StatedTable(NodeTable):
 
     def _on_deltas(self, op: Op) -> bool:
         """The op itself is given weights, what stands in its place as that wants it."""
-        return not isinstance(op, RegMean | Fisher) and super()._on_deltas(op)
+        return not isinstance(op, RegMean | Lot | Fisher | Aim) and super()._on_deltas(op)
 
     def _mean(self, op: Op) -> Op:
         """The mean with the op's own weights."""
-        weight = getattr(op, "weight")  # noqa: B009
+        weight = getattr(op, "weight", 1.0)
         if self.base is not None:
             return TaskArithmetic.model_construct(weight=weight, normalize=True, scale=1.0)
         return Linear.model_construct(weight=weight, normalize=True)
@@ -187,10 +205,11 @@ class RegmeanTable(StatedTable):
 
     key = "gram"
     kinds = ("gram", "gram_diag")
+    op: RegMean
 
     def __init__(self, planner: Planner, node: Node) -> None:
-        assert isinstance(node.op, RegMean)
-        self.op = node.op
+        if isinstance(node.op, RegMean):
+            self.op = node.op
         super().__init__(planner, node)
         self.reference = self._reference()
 
@@ -321,6 +340,66 @@ class RegmeanTable(StatedTable):
         return float(found[list(self.op.settings()).index("alpha")])
 
 
+class LotTable(RegmeanTable):
+    """`lot`: matrices as `regmean` around the base, and gains by the mean squares of what they multiply."""
+
+    def __init__(self, planner: Planner, node: Node) -> None:
+        assert isinstance(node.op, Lot)
+        self.op = node.op.at_matrix()
+        self.gains: list[StatisticsTable | None] = []
+        for index, one in enumerate(node.inputs):
+            name = one.keys.get("gram_diag")
+            table = planner.table(name) if name else None
+            if table is not None and not (isinstance(table, StatisticsTable) and table.kind == "gram_diag"):
+                planner.findings.add(
+                    RecipeError(
+                        f"`gram_diag` needs statistics of kind gram_diag, and '{name}' holds another",
+                        where=planner.recipe.where((*node.path, "inputs", index, "gram_diag")),
+                        fix="Name a folder or node of `op: gram_diag`.",
+                    )
+                )
+            self.gains.append(table if isinstance(table, StatisticsTable) and table.kind == "gram_diag" else None)
+        super().__init__(planner, node)
+
+    def _acts(self, place: Place, tensor: StoredTensor) -> bool:
+        return super()._acts(place, tensor) or (
+            len(tensor.shape) == 1
+            and (self.node.only is None or matches(self.node.only, place))
+            and all(one is not None and one.has(self.stored(i, place.name)) for i, one in enumerate(self.gains))
+        )
+
+    def _readied(
+        self, op: Op, name: str, kept: Sequence[int], expressions: Sequence[Expression], base: Expression | None
+    ) -> Ready | Expression:
+        if not isinstance(op, Lot) or base is None:
+            return super()._readied(op, name, kept, expressions, base)
+        if len(self.tensors[name].shape) == 2:
+            return super()._readied(op.at_matrix(), name, kept, expressions, base)
+        squares = []
+        for index in kept:
+            table = self.gains[index]
+            found = table and table.along(self.stored(index, name), self.tensors[name].shape)
+            if not found:
+                self.findings.gather(
+                    self.where("inputs", index, "gram_diag"),
+                    "the mean squares of {names} are of another number of channels",
+                    "Collect them on this model.",
+                    name,
+                )
+                return self._fallen()
+            squares.append(found)
+        pairs = zip(self._weights(name, kept, expressions, base), squares, strict=True)
+        given = tuple(one for pair in pairs for one in pair)
+        if number(op.scale) == 1:
+            return Ready(op.at_gain(), given)
+        mean = self.make.apply(op.at_gain(), given)
+        step = TaskArithmetic.model_construct(weight=Each((1.0,)), normalize=False, scale=number(op.scale))
+        return Ready(step, (base, self.make.difference(mean, base)))
+
+    def _lint(self) -> None:
+        """The smallest correction is no risk where tokens are few."""
+
+
 class FisherTable(StatedTable):
     """`fisher`: every tensor that has Fisher information from each input is averaged by it."""
 
@@ -338,6 +417,10 @@ class FisherTable(StatedTable):
             refuse_prior_without_base(self.op, based=self.base is not None)
         except RecipeError as error:
             self.findings.add(error.placed(self.where()))
+
+    def _whole(self) -> int:
+        """Each with its Fisher information, and the base where there is one."""
+        return 2 * len(self.inputs) + (self.base is not None)
 
     def _readied(
         self, op: Op, name: str, kept: Sequence[int], expressions: Sequence[Expression], base: Expression | None
@@ -372,3 +455,41 @@ class FisherTable(StatedTable):
         if isinstance(ready, Ready) and isinstance(ready.op, FisherMean) and self.places[name].vocab:
             self.make.agreed[id(made)] = next(self.make.speakers(ready.inputs[0]))
         return made
+
+
+class AimTable(StatedTable):
+    """`aim`: each matrix whose input channels have activations is stepped to by channels."""
+
+    key = "act_absmean"
+    kinds = ("act_absmean",)
+
+    def _readied(
+        self, op: Op, name: str, kept: Sequence[int], expressions: Sequence[Expression], base: Expression | None
+    ) -> Ready | Expression:
+        table = self.statistics[0]
+        if not isinstance(op, Aim) or table is None or base is None:
+            return super()._readied(op, name, kept, expressions, base)
+        found = table.along(self.stored(0, name), self.tensors[name].shape)
+        if found is None:
+            self.findings.gather(
+                self.where("inputs", 0, self.key),
+                "the activations of {names} are of another number of channels",
+                "Collect them on the base.",
+                name,
+            )
+            return self._fallen()
+        (model,) = self._weights(name, kept, expressions, base)
+        key = id(op)
+        made = self.steps.get(key)
+        if made is None:
+            made = self.steps[key] = op.step()
+        return Ready(made, (base, model, found))
+
+    def __init__(self, planner: Planner, node: Node) -> None:
+        self.steps: dict[int, AimStep] = {}
+        """One op for all tensors where the resolved one is the same."""
+        super().__init__(planner, node)
+
+    def measured_on(self, node: Node, index: int) -> str:
+        """The base's activations are what steps are shortened by."""
+        return node.base or node.inputs[0].model

@@ -351,12 +351,36 @@ def read_examples(
         if example is not None:
             found.append(example)
     if not found:
-        first = counts.first_unusable or "there are no rows"
-        raise InputError(
-            f"has no row that can be used ({first})", where=source.path, fix="Name the fields: `text: ...`."
-        )
+        raise _unusable(source, counts)
     texts = encode if isinstance(encode, _Text) else None
     return Examples(tuple(found), counts, folder.task, texts.pad if texts else 0, texts.start if texts else 0)
+
+
+@dataclass(frozen=True, eq=False)
+class Texts:
+    """All usable texts, whole and in order, with the place of each; and the tokenizer of the model that is to read them."""
+
+    texts: tuple[tuple[str, str], ...]
+    counts: Counts
+    tokenizer: Any
+    longest: int
+    pad: int
+
+
+def read_texts(source: DataSource, where_from: Path, folder: models.Folder, max_length: int | None = None) -> Texts:
+    """All texts of the data as they are: `longest` says what the model reads at once. Raises InputError where there is none."""
+    counts = Counts()
+    encode = _Text(source, folder, max_length, counts)
+    found = [(row.where, encode.text(row)) for row in read_rows(source, where_from, counts)]
+    usable = tuple((where, text) for where, text in found if text is not None)
+    if not usable:
+        raise _unusable(source, counts)
+    return Texts(usable, counts, encode.tokenizer, encode.longest, encode.pad)
+
+
+def _unusable(source: DataSource, counts: Counts) -> InputError:
+    first = counts.first_unusable or "there are no rows"
+    return InputError(f"has no row that can be used ({first})", where=source.path, fix="Name the fields: `text: ...`.")
 
 
 @dataclass
@@ -547,6 +571,7 @@ class _Text(_Encoder):
 
     def make_tokenizer(self) -> Any:
         library = models.transformers()
+        fix = "Put its tokenizer files (tokenizer.json, tokenizer_config.json) beside its config.json."
         try:
             with models.quietly():
                 tokenizer = library.AutoTokenizer.from_pretrained(
@@ -556,8 +581,12 @@ class _Text(_Encoder):
             raise InputError(
                 f"its tokenizer cannot be loaded: {str(error).strip().splitlines()[0][:200]}",
                 where=str(self.folder.path),
-                fix="Put its tokenizer files (tokenizer.json, tokenizer_config.json) beside its config.json.",
+                fix=fix,
             ) from error
+        # Of some classes transformers makes a tokenizer that knows no word where there is no file.
+        files = set(tokenizer.vocab_files_names.values())
+        if files and not any((self.folder.path / name).exists() for name in (*files, "tokenizer.json")):
+            raise InputError("its tokenizer cannot be loaded: it has no files", where=str(self.folder.path), fix=fix)
         return tokenizer
 
     def __call__(self, row: Row) -> Example | None:

@@ -37,13 +37,13 @@ def in_domain(images: Tensor, domain: str) -> Tensor:
     return images.reshape(-1, 64)
 
 
-def splits() -> dict[str, Images]:
-    """All 1,797 images in disjoint parts: `base`, one for each domain's expert, `validation` and `test`."""
+def splits(seed: int = 0, validation: int = VALIDATION_IMAGES) -> dict[str, Images]:
+    """All 1,797 images in disjoint parts: `base`, one for each domain's expert, `validation` and `test` (what is left)."""
     digits = load_digits()
-    order = np.random.RandomState(0).permutation(len(digits.target))
+    order = np.random.RandomState(seed).permutation(len(digits.target))
     images = torch.from_numpy(digits.images[order]).float() / 16
     labels = torch.from_numpy(digits.target[order]).long()
-    sizes = {"base": BASE_IMAGES, **dict.fromkeys(DOMAINS, EXPERT_IMAGES), "validation": VALIDATION_IMAGES}
+    sizes = {"base": BASE_IMAGES, **dict.fromkeys(DOMAINS, EXPERT_IMAGES), "validation": validation}
     parts, start = {}, 0
     for name, size in sizes.items():
         parts[name] = images[start : start + size], labels[start : start + size]

@@ -19,13 +19,13 @@ from torch import Tensor, nn
 STEPS, LEARNING_RATE, BATCH, NOISE = 200, 1e-3, 64, 0.1
 
 
-def fit(model: MLP, inputs: Tensor, labels: Tensor, seed: int) -> MLP:
+def fit(model: MLP, inputs: Tensor, labels: Tensor, seed: int, *, batch: int = BATCH, steps: int = STEPS) -> MLP:
     """Train `model` in place on (N, 64) inputs, with noise on them, and give it back."""
     generator = torch.Generator().manual_seed(seed)
     optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE)
-    for _ in range(STEPS):
-        chosen = torch.randint(len(labels), (BATCH,), generator=generator)
-        noise = NOISE * torch.randn(BATCH, inputs.shape[1], generator=generator)
+    for _ in range(steps):
+        chosen = torch.randint(len(labels), (batch,), generator=generator)
+        noise = NOISE * torch.randn(batch, inputs.shape[1], generator=generator)
         loss = nn.functional.cross_entropy(model(inputs[chosen] + noise), labels[chosen])
         optimizer.zero_grad()
         loss.backward()
