@@ -477,15 +477,19 @@ def example(op: type[Op], parameters: Sequence[_Parameter] = ()) -> str:
     nodes = ["  kept: {op: emr, base: base, inputs: [first, second]}"] if op.takes == "emr" else []
     named = _named_keys(op)
     if named:
-        data = [f"  {name}_data: ./{name}.jsonl" for name in names]
+        run = ["base"] if op.keys_of_base else names
+        data = [f"  {name}_data: ./{name}.jsonl" for name in run]
         nodes += [
             f"  {name}_{key}: {{op: {kind}, model: {name}, data: {name}_data"
             + "".join(f", {word}: {value}" for word, value in _SAID.get(kind, {}).items())
             + "}"
             for key, kind in ((key, collector_of(key)) for key in named)
-            for name in names
+            for name in run
         ]
-        items = [f"{{model: {name}, {', '.join(f'{key}: {name}_{key}' for key in named)}}}" for name in names]
+        items = [
+            f"{{model: {name}, {', '.join(f'{key}: {of}_{key}' for key in named)}}}"
+            for name, of in zip(names, run * len(names) if op.keys_of_base else run, strict=False)
+        ]
     collects = issubclass(op, StatisticsOp)
     if collects:
         data = ["  texts: ./texts.jsonl"]

@@ -29,6 +29,7 @@ class Aim(Op):
     needs_base = True
     matrices_only = True
     input_keys: ClassVar[tuple[str, ...]] = ("act_absmean",)
+    keys_of_base: ClassVar[bool] = True
 
     omega: Setting[Unit] = setting(0.4, "How much of the step is left at the most used channel.")
 

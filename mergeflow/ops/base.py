@@ -136,6 +136,8 @@ class Op(BaseModel, ABC):
     """Keys of an input that name what goes with its model: an artifact, or a node that makes one."""
     optional_keys: ClassVar[tuple[str, ...]] = ()
     """Which of these may be left out."""
+    keys_of_base: ClassVar[bool] = False
+    """Whether what the inputs name by these keys was collected on the base, and not on the inputs."""
     has_parts: ClassVar[bool] = False
     """Whether the result is several tensors for one of the inputs', each made by an op of its own."""
     draws: ClassVar[bool] = False

@@ -134,7 +134,7 @@ class StatedTable(NodeTable):
 
     def measured_on(self, node: Node, index: int) -> str:
         """The model that an input's statistics must be of."""
-        return node.inputs[index].model
+        return (node.base if node.op.keys_of_base else None) or node.inputs[index].model
 
     @property
     def sound(self) -> bool:
@@ -489,7 +489,3 @@ class AimTable(StatedTable):
         self.steps: dict[int, AimStep] = {}
         """One op for all tensors where the resolved one is the same."""
         super().__init__(planner, node)
-
-    def measured_on(self, node: Node, index: int) -> str:
-        """The base's activations are what steps are shortened by."""
-        return node.base or node.inputs[0].model
