@@ -16,7 +16,7 @@ from pydantic import Field
 
 from mergeflow.errors import RecipeError
 from mergeflow.ops.base import Block, DeltaOp, Op, Reduction, Space, weighted_sum
-from mergeflow.ops.deltas import leaf_sums
+from mergeflow.ops.deltas import leaf_sums, masked
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -115,7 +115,7 @@ def _unified(deltas: Sequence[Tensor]) -> Tensor:
 
 def _masked(delta: Tensor, unified: Tensor) -> Tensor:
     """mask_i unified: a new tensor."""
-    return unified.masked_fill((delta * unified.sign()) <= 0, 0)
+    return masked(unified, delta * unified.sign() > 0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -204,4 +204,4 @@ class EmrStored(_Part):
     def compute(self, inputs: Sequence[Tensor], block: Block) -> Tensor:
         """theta_0 + scaler_t mask_t unified"""
         base, unified, mask, scaler = inputs
-        return unified.masked_fill(mask == 0, 0).mul_(scaler).add_(base)
+        return masked(unified, mask != 0).mul_(scaler).add_(base)
