@@ -372,6 +372,7 @@ class Case:
     floor: bool = False
     about: str = ""  # what is not as it seems
     statistics: str = ""  # the key of each input that names statistics: gram or fisher
+    memory: str = ""  # mergeflow's --memory, where the command line's is too little
 
     def artifacts(self) -> tuple[str, ...]:
         """The names of the statistics that the node reads: one for each model."""
@@ -423,7 +424,8 @@ def on_deltas(
 def on_matrices(op: str, **parameters: Any) -> Case:
     """An op that decomposes whole matrices, at the attention of one layer; all else is the mean."""
     node = {"op": op, "base": "base", "inputs": list(AB), "only": PART, "others": "mean", **parameters}
-    return Case(BASE_AB, node, about=f"only at {PART}, the mean elsewhere")
+    about = f"only at {PART}, the mean elsewhere, with --memory 2GiB: whole matrices are held"
+    return Case(BASE_AB, node, about=about, memory="2GiB")
 
 
 def with_statistics(op: str, key: str, *, inputs: tuple[str, ...] = AB, base: str | None = None) -> Case:
@@ -647,7 +649,7 @@ class Bench:
         out = self.work / "out-mergeflow"
         for left in (out, self.work / ".out-mergeflow.staging"):
             shutil.rmtree(left, ignore_errors=True)
-        words = ["run", recipe, "-o", out, "--memory", self.options.memory, "--json", *more]
+        words = ["run", recipe, "-o", out, "--memory", case.memory or self.options.memory, "--json", *more]
         run = measure([sys.executable, "-m", "mergeflow", *words], before)
         run.output = size_of(out)
         shutil.rmtree(out)
