@@ -7,12 +7,12 @@ import os
 import pathlib
 import pty
 import re
+import resource
 import select
 import signal
 import subprocess
 import sys
 import termios
-import time
 from collections.abc import Iterator
 
 import click
@@ -239,14 +239,20 @@ def test_the_library_checks_a_recipe_without_torch(folder: pathlib.Path) -> None
     assert (done.stdout, done.stderr) == ("[]\n", "")
 
 
+def children_seconds() -> float:
+    """Processor time of the processes that have ended: what else runs on the machine does not count."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
+
+
 @pytest.mark.parametrize("words", LIGHT.values(), ids=LIGHT)
 def test_light_commands_answer_well_under_a_second(words: list[str], folder: pathlib.Path) -> None:
     # What looks at every parameter of every op may take a second.
     best, bound = float("inf"), 1.0 if words in (LIGHT["schema"], LIGHT["validate every op"]) else 0.5
     for _ in range(5):
-        start = time.perf_counter()
+        start = children_seconds()
         assert process(folder, *words).returncode == 0
-        best = min(best, time.perf_counter() - start)
+        best = min(best, children_seconds() - start)
         if best < bound:
             return
     pytest.fail(f"{' '.join(words)} takes {best:.2f} s")
