@@ -27,6 +27,7 @@ import warnings
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
@@ -93,9 +94,12 @@ class _Step:
     drops: tuple[int, ...]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class _Program:
-    """The values of some expressions, in an order that makes each after its inputs."""
+    """The values of some expressions, in an order that makes each after its inputs.
+
+    What every block asks of it is found once.
+    """
 
     steps: tuple[_Step, ...]
     results: tuple[int, ...]
@@ -107,19 +111,19 @@ class _Program:
         for step in self.steps:
             yield from loads_of(step.expression)
 
-    @property
+    @cached_property
     def shape(self) -> tuple[int, ...]:
         """The shape of the tensors that it works on."""
         return shape_of(self.steps[self.results[0]].expression)
 
-    @property
+    @cached_property
     def cut(self) -> Cut:
         """What can be computed alone: what the most demanding of its parts asks for."""
         parts = {op.cut for op in self.ops}
         parts |= {step.expression.source.cut for step in self.steps if isinstance(step.expression, Made)}
         return "tensor" if "tensor" in parts else "row" if "row" in parts else "element"
 
-    @property
+    @cached_property
     def read_later(self) -> frozenset[int]:
         """Positions of the leaves that only ops read which read for themselves."""
         users: dict[int, list[Expression]] = {}
@@ -133,7 +137,7 @@ class _Program:
             and all(isinstance(user, Apply) and user.op.lazy for user in by)
         )
 
-    @property
+    @cached_property
     def mixed(self) -> bool:
         """Whether some of it is made by rows, and some measured by leaves."""
         leaves = any(
@@ -144,7 +148,7 @@ class _Program:
         )
         return leaves and self.cut == "row"
 
-    @property
+    @cached_property
     def temporaries(self) -> int:
         """Blocks that are held beyond its values."""
         return max((op.temporaries for op in self.ops), default=_MADE)
