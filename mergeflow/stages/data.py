@@ -17,6 +17,7 @@ import io
 import json
 import math
 import re
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -412,7 +413,7 @@ class _Labels:
         )
 
 
-class _Encoder:
+class _Encoder(ABC):
     """What makes an example of a row, or None where it cannot be used."""
 
     def __init__(self, source: DataSource, folder: models.Folder, max_length: int | None, counts: Counts) -> None:
@@ -422,8 +423,9 @@ class _Encoder:
         self.labels = _Labels(source, folder)
         self.max_length = max_length
 
+    @abstractmethod
     def __call__(self, row: Row) -> Example | None:
-        raise NotImplementedError
+        """The example of a row."""
 
     def lacks(self, row: Row, why: str) -> None:
         """Count the row as unusable."""
