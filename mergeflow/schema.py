@@ -34,6 +34,7 @@ from mergeflow.recipe import (
     RECIPE_NAME,
     ArtifactSource,
     DataSource,
+    ExpectSection,
     ModelSource,
     OthersModel,
     OutputSection,
@@ -139,6 +140,10 @@ def recipe_schema(ops: Iterable[type[Op]] | None = None) -> Schema:
             "additionalProperties": output,
             "description": "Several outputs of one run, each in a folder of this name; in place of `output`.",
         },
+        "expect": {
+            "anyOf": [_ref("expect"), {"type": "null"}],
+            "description": "What `mergeflow check` holds the result against, beside the lock.",
+        },
     }
     return {
         "$schema": DIALECT,
@@ -236,6 +241,7 @@ def _definitions(ops: Sequence[type[Op]]) -> dict[str, Schema]:
         ArtifactSource: "artifact",
         DataSource: "data",
         OutputSection: "output",
+        ExpectSection: "expect",
         OthersModel: "others.model",
         SelectRule: "rule.select",
         StackRest: "rest.stack",
@@ -281,7 +287,7 @@ def _definitions(ops: Sequence[type[Op]]) -> dict[str, Schema]:
         "required": ["op"],
         "oneOf": [_ref(f"node.{op.name}") for op in ops],
     }
-    ordered = {name: sections[name] for name in ("model", "artifact", "data", "output")} | {
+    ordered = {name: sections[name] for name in ("model", "artifact", "data", "output", "expect")} | {
         "node": node,
         "reference": reference,
     }
