@@ -479,7 +479,7 @@ def test_a_wrong_top_level_is_told_what_is_wrong(tmp_path: Path, text: str, what
 
 
 def test_what_cannot_be_used_yet_is_said_once(tmp_path: Path) -> None:
-    text = HEAD + "expect: {g: {path: x}}\nnodes: {m: {op: linear, inputs: [a, g]}}"
+    text = HEAD + "nodes: {g: {op: fuse, target: a}, m: {op: linear, inputs: [a, g]}}"
     assert len(problems(tmp_path, text)) == 1
 
 
