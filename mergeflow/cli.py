@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 from mergeflow import __version__
-from mergeflow.errors import MergeflowError, Problems, RecipeError, did_you_mean, printable, raise_all
+from mergeflow.errors import MachineError, MergeflowError, Problems, RecipeError, did_you_mean, printable, raise_all
 
 if TYPE_CHECKING:
     from mergeflow.recipe import Recipe
@@ -206,9 +206,22 @@ out_option = click.option(
 recipe_argument = click.argument("recipe", type=click.Path())
 
 
+summary_option = click.option(
+    "--summary", type=click.Path(), metavar="FILE", help="Append a summary in Markdown to FILE, for a CI's log."
+)
 scratch_option = click.option(
     "--scratch", type=click.Path(), metavar="FOLDER", help="Where the merge is made for the while; default: here."
 )
+
+
+def append_summary(path: str | None, text: str) -> None:
+    """Add to the file of `--summary`, where it is given. Raises MachineError."""
+    if path is not None:
+        try:
+            with open(path, "a", encoding="utf-8") as file:
+                file.write(text)
+        except OSError as error:
+            raise MachineError(f"cannot be written: {error.strerror}", where=path) from None
 
 
 def how_options(function: F) -> F:
@@ -377,6 +390,7 @@ def run(
 @memory_option
 @threads_option
 @json_option
+@summary_option
 @click.option("--graph", type=click.Choice(["mermaid"]), help="Print the recipe's graph instead, as a picture in text.")
 def plan(
     recipe: str,
@@ -385,6 +399,7 @@ def plan(
     memory: int | None,
     threads: int | None,
     as_json: bool,
+    summary: str | None,
     graph: str | None,
 ) -> None:
     """Say what a run would do, from headers alone.
@@ -401,6 +416,7 @@ def plan(
     target = Path(out or checked.name)
     made, budget, free = pipeline.foresee(checked, target, memory=memory, threads=threads)
     data = reporting.plan_data(made, threads=budget.threads, peak=budget.peak, free=free)
+    append_summary(summary, reporting.plan_markdown(data))
     click.echo(json.dumps(data, indent=1) if as_json else reporting.plan_text(data, target))
 
 
@@ -449,7 +465,7 @@ def lock(
 )
 @how_options
 @scratch_option
-@click.option("--summary", type=click.Path(), metavar="FILE", help="Append a summary in Markdown, for a CI's log.")
+@summary_option
 @json_option
 @click.option("-q", "--quiet", is_flag=True, help="No progress.")
 def check(
@@ -480,14 +496,7 @@ def check(
     finally:
         shown.close()
     click.echo(json.dumps(locking.check_data(found), indent=1) if as_json else locking.check_text(found))
-    if summary:
-        try:
-            with open(summary, "a", encoding="utf-8") as file:
-                file.write(locking.check_markdown(found))
-        except OSError as error:
-            from mergeflow.errors import MachineError
-
-            raise MachineError(f"cannot be written: {error.strerror}", where=summary) from None
+    append_summary(summary, locking.check_markdown(found))
     if not found.passed:
         raise click.exceptions.Exit(1)
 
@@ -750,8 +759,6 @@ def import_(config: str, out: str | None, force: bool) -> None:
 def check_device(device: str) -> None:
     """Raise MergeflowError for a device that is not there, before anything is planned."""
     import re
-
-    from mergeflow.errors import MachineError
 
     if not re.fullmatch(r"cpu|cuda(:\d+)?", device):
         raise RecipeError(f"there is no device '{device}'", where="--device", fix="Write cpu, cuda or cuda:1.")

@@ -34,6 +34,7 @@ from mergeflow.graph import Apply, Expression, Plan
 from mergeflow.pipeline import Progress
 from mergeflow.planning.findings import nearest
 from mergeflow.recipe import ExpectSection, Recipe
+from mergeflow.reporting import markdown_cell
 from mergeflow.settings import Place, matches, places, rules_in, value_at
 from mergeflow.writing import MANIFEST
 
@@ -643,22 +644,21 @@ def check_text(found: Check, *, shown: int = SHOWN) -> str:
 
 def check_markdown(found: Check, *, shown: int = SHOWN) -> str:
     """The same for a CI's summary or a comment on a pull request."""
-
-    def cell(text: str) -> str:
-        return printable(text).replace("\n", " ").replace("|", "\\|").replace("`", "'")
-
     mark = "✅" if found.passed else "❌"
-    lines = [f"### {mark} {cell(_verdict(found))}", ""]
-    lines += [f"- {cell(change)}" for change in found.changes]
+    lines = [f"### {mark} {markdown_cell(_verdict(found))}", ""]
+    lines += [f"- {markdown_cell(change)}" for change in found.changes]
     if found.moved:
         lines += ["", "| tensor | drift | |", "| --- | ---: | --- |"]
         lines += [
-            f"| `{cell(one.name)}` | {cell(_told(one))} | {'allowed' if one.allowed else ''} |"
+            f"| `{markdown_cell(one.name)}` | {markdown_cell(_told(one))} | {'allowed' if one.allowed else ''} |"
             for one in found.moved[:shown]
         ]
         if len(found.moved) > shown:
             lines.append(f"| and {len(found.moved) - shown} more | | |")
     if found.expected:
         lines += ["", "| expected | found | |", "| --- | ---: | --- |"]
-        lines += [f"| {cell(one.what)} | {cell(one.found)} | {'✅' if one.good else '❌'} |" for one in found.expected]
+        lines += [
+            f"| {markdown_cell(one.what)} | {markdown_cell(one.found)} | {'✅' if one.good else '❌'} |"
+            for one in found.expected
+        ]
     return "\n".join(lines).rstrip() + "\n"
