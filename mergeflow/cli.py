@@ -774,7 +774,7 @@ def check_device(device: str) -> None:
             )
 
 
-_BYTES = ("fetch", "read", "write")
+_BYTES = ("fetch", "read", "compute", "write")
 """Work that is counted in bytes; stages count batches, layers or examples."""
 
 

@@ -31,12 +31,12 @@ from mergeflow import __version__, pipeline
 from mergeflow.errors import InputError, MachineError, RecipeError, printable
 from mergeflow.fingerprints import STANDARD_ERROR, Fingerprint, Fingerprinting, drift
 from mergeflow.graph import Apply, Expression, Plan
+from mergeflow.manifest import MANIFEST
 from mergeflow.pipeline import Progress
 from mergeflow.planning.findings import nearest
 from mergeflow.recipe import ExpectSection, Recipe
 from mergeflow.reporting import markdown_cell
 from mergeflow.settings import Place, matches, places, rules_in, value_at
-from mergeflow.writing import MANIFEST
 
 LARGEST_LOCK = 512 * 2**20
 SHOWN = 20
