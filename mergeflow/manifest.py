@@ -1,11 +1,12 @@
 """What a written folder says of itself: the bytes of its manifest, and the folder held against them.
 
-The manifest covers every byte of the folder. A tensor has its digest (`mergeflow.digests`), and its file the digest of the header before
-it, which with the tensors makes up the whole file; every other file has one of its contents, and the manifest one of itself. So one
-changed byte anywhere is found, and said to be in that tensor or file. It is no signature: who can write to the folder can write a new manifest.
+The manifest covers every byte of the folder. A tensor has its digest (`mergeflow.digests`), and its file the digest of the header
+before it, which with the tensors makes up the whole file; every other file has one of its contents, and the manifest one of itself.
+So one changed byte anywhere is found, and said to be in that tensor or file. It is no signature: who can write to the folder can
+write a new manifest.
 
-The digests are read off the files anew, in pieces, by several threads, with some MiB a thread however large a tensor is. Nothing is written here,
-and no file outside the folder is opened.
+The digests are read off the files anew, in pieces, by several threads, with some MiB a thread however large a tensor is. Nothing is
+written here, and no file outside the folder is opened.
 """
 
 from __future__ import annotations
@@ -159,8 +160,8 @@ def check_folder(
 ) -> Checked:
     """Read every byte of a folder that mergeflow wrote and hold it against the folder's manifest.
 
-    `label` is what messages call the folder; `progress` is told of bytes read since the last call, and in all. Raises InputError where there is
-    no manifest that can be read.
+    `label` is what messages call the folder; `progress` is told of bytes read since the last call, and in all. Raises InputError
+    where there is no manifest that can be read.
     """
     here = LocalFolder(label or str(folder), folder)
     content = here.read(MANIFEST, LARGEST_MANIFEST)
@@ -226,9 +227,10 @@ def check_folder(
                 problems.append(Problem(file, unread[tensor.name], tensor.name))
             elif tensor_digest(found_pieces, told.dtype, told.shape) != told.digest:
                 problems.append(Problem(file, "was changed since it was written", tensor.name))
+    read = sum(manifest.shards[file].size for file in stored) + sum(one.size for one in beside.values())
     known = {MANIFEST, *manifest.shards, *beside}
     extra = tuple(name for name in files_below(folder) if name not in known)
-    return Checked(manifest, tuple(sorted(problems, key=_place)), extra, size + len(content))
+    return Checked(manifest, tuple(sorted(problems, key=_place)), extra, read + len(content))
 
 
 def files_below(folder: Path) -> Iterator[str]:
