@@ -10,11 +10,14 @@ and clears them; what is in an artifact, its stage knows.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import re
 import shutil
+import stat
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,10 +33,10 @@ KEY = 40
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """A finished artifact: its key, folder, bytes on disk, and when it was made or used last (seconds since 1970)."""
+    """What lies under a key, finished or not: its folders, bytes on disk, and when it was made or used last (seconds since 1970)."""
 
     key: str
-    path: Path
+    paths: tuple[Path, ...]
     size: int
     used: float
 
@@ -73,33 +76,75 @@ def mark_used(path: Path) -> None:
 
 def entries() -> Iterator[Entry]:
     """The finished artifacts, the one used last first."""
-    folder = root() / ARTIFACTS
     found = []
-    for path in folder.iterdir() if folder.is_dir() else ():
-        if path.is_dir() and not path.name.startswith("."):
-            files = [one for one in path.rglob("*") if one.is_file() and not one.is_symlink()]
-            found.append(Entry(path.name, path, sum(one.stat().st_size for one in files), path.stat().st_mtime))
+    for path in _folders(root() / ARTIFACTS):
+        if not path.name.startswith("."):
+            found.append(Entry(path.name, (path,), sum(one.st_size for one in _files(path)), path.stat().st_mtime))
     yield from sorted(found, key=lambda entry: (-entry.used, entry.key))
+
+
+def unfinished() -> Iterator[Entry]:
+    """What stages keep that have not come to their end, the one touched last first: by key, whatever there is of it."""
+    paths: dict[str, list[Path]] = {path.name: [path] for path in _folders(root() / WORK)}
+    for path in _folders(root() / ARTIFACTS):
+        if named := re.fullmatch(r"\.(.+)\.(?:staging|gone-\d+)", path.name):
+            paths.setdefault(named[1], []).append(path)
+    found = []
+    for key, own in paths.items():
+        files = [one for path in own for one in _files(path)]
+        used = max([one.st_mtime for one in files] or [path.stat().st_mtime for path in own])
+        found.append(Entry(key, tuple(own), sum(one.st_size for one in files), used))
+    yield from sorted(found, key=lambda entry: (-entry.used, entry.key))
+
+
+def _folders(parent: Path) -> list[Path]:
+    return [path for path in parent.iterdir() if path.is_dir() and not path.is_symlink()] if parent.is_dir() else []
+
+
+def _files(folder: Path) -> list[os.stat_result]:
+    """The files below a folder as they were seen; a run may be taking some away meanwhile."""
+    found = []
+    for path in folder.rglob("*"):
+        with contextlib.suppress(OSError):
+            if stat.S_ISREG((seen := path.lstat()).st_mode):
+                found.append(seen)
+    return found
 
 
 def clear(*, older_than: float | None = None, keys: frozenset[str] | None = None) -> list[Entry]:
     """Delete finished artifacts, all or those not used for so many seconds, or of these keys; what was deleted.
 
-    A folder is taken out of the way by one rename before it is deleted, so that no half of it looks finished. What a run is
-    making is left alone.
+    A folder is taken out of the way by one rename before it is deleted, so that no half of it looks finished.
     """
-    gone = []
-    for entry in list(entries()):
-        if older_than is not None and time.time() - entry.used < older_than:
-            continue
-        if keys is not None and entry.key not in keys:
-            continue
-        aside = entry.path.with_name(f".{entry.key}.gone-{os.getpid()}")
-        try:
-            entry.path.rename(aside)
-            shutil.rmtree(aside)
-            shutil.rmtree(root() / WORK / entry.key, ignore_errors=True)
-        except OSError as error:
-            raise MachineError(f"cannot be deleted: {error.strerror}", where=str(entry.path)) from None
-        gone.append(entry)
+    gone = [entry for entry in entries() if _chosen(entry, older_than, keys)]
+    for entry in gone:
+        _delete(entry.paths[0], entry.key)
     return gone
+
+
+def clear_unfinished(
+    held: Callable[[Path], bool], *, older_than: float | None = None, keys: frozenset[str] | None = None
+) -> list[Entry]:
+    """Delete what unfinished stages keep, chosen as by `clear`; what was deleted. A folder that is `held` by a live run stays."""
+    gone = [entry for entry in unfinished() if _chosen(entry, older_than, keys) and not any(map(held, entry.paths))]
+    for entry in gone:
+        for path in entry.paths:
+            _delete(path, entry.key)
+    return gone
+
+
+def _chosen(entry: Entry, older_than: float | None, keys: frozenset[str] | None) -> bool:
+    if older_than is not None and time.time() - entry.used < older_than:
+        return False
+    return keys is None or entry.key in keys
+
+
+def _delete(path: Path, key: str) -> None:
+    aside = root() / ARTIFACTS / f".{key}.gone-{os.getpid()}"
+    try:
+        if path != aside:
+            aside.parent.mkdir(parents=True, exist_ok=True)
+            path.rename(aside)
+        shutil.rmtree(aside)
+    except OSError as error:
+        raise MachineError(f"cannot be deleted: {error.strerror}", where=str(path)) from None

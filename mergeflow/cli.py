@@ -27,6 +27,7 @@ from mergeflow import __version__
 from mergeflow.errors import MachineError, MergeflowError, Problems, RecipeError, did_you_mean, printable, raise_all
 
 if TYPE_CHECKING:
+    from mergeflow.cache import Entry
     from mergeflow.recipe import Recipe
     from mergeflow.recipe.grammar import DataSource
 
@@ -370,6 +371,7 @@ def run(
 @recipe_argument
 @out_option
 @settings_option
+@click.option("--device", default="cpu", show_default=True, metavar="cpu|cuda|cuda:N", help="Where it would run.")
 @memory_option
 @threads_option
 @json_option
@@ -379,6 +381,7 @@ def plan(
     recipe: str,
     out: str | None,
     settings: tuple[str, ...],
+    device: str,
     memory: int | None,
     threads: int | None,
     as_json: bool,
@@ -390,6 +393,7 @@ def plan(
     Every problem that headers can show, or the tensors and files, bytes read and written, memory and time. No weight is
     read; of a hub's models only configs, tokenizers, indexes and headers are fetched.
     """
+    check_device(device)
     checked = recipe_of(recipe, settings)
     from mergeflow import pipeline, reporting
 
@@ -397,8 +401,8 @@ def plan(
         click.echo(reporting.mermaid(checked), nl=False)
         return
     target = Path(out or checked.name)
-    made, budget, free = pipeline.foresee(checked, target, memory=memory, threads=threads)
-    data = reporting.plan_data(made, threads=budget.threads, peak=budget.peak, free=free)
+    made, budget, free = pipeline.foresee(checked, target, device=device, memory=memory, threads=threads)
+    data = reporting.plan_data(made, device=device, threads=budget.threads, peak=budget.peak, free=free)
     append_summary(summary, reporting.plan_markdown(data))
     click.echo(json.dumps(data, indent=1) if as_json else reporting.plan_text(data, target))
 
@@ -684,19 +688,32 @@ def cache() -> None:
 @cache.command("list")
 @json_option
 def cache_list(as_json: bool) -> None:
-    """List the artifacts, the one used last first."""
+    """List the artifacts, the one used last first, and what unfinished stages keep to go on with."""
     from mergeflow import cache as store
     from mergeflow.reporting import size_text
+    from mergeflow.writing import is_held
 
-    found = list(store.entries())
+    found, begun = list(store.entries()), list(store.unfinished())
     if as_json:
-        data = [{"key": one.key, "path": str(one.path), "bytes": one.size, "used": one.used} for one in found]
-        click.echo(json.dumps({"root": str(store.root()), "artifacts": data}, indent=1))
+        data = {
+            "root": str(store.root()),
+            "artifacts": [_entry_data(one) for one in found],
+            "unfinished": [{**_entry_data(one), "running": any(map(is_held, one.paths))} for one in begun],
+        }
+        click.echo(json.dumps(data, indent=1))
         return
-    for one in found:
+    for one in [*found, *begun]:
         used = time.strftime("%Y-%m-%d %H:%M", time.localtime(one.used))
-        click.echo(f"{one.key}  {size_text(one.size):>9}  {used}")
-    click.echo(f"{_artifacts(len(found))}, {size_text(sum(one.size for one in found))} in {store.root()}")
+        state = "" if one in found else "  is being made" if any(map(is_held, one.paths)) else "  unfinished"
+        click.echo(printable(f"{one.key}  {size_text(one.size):>9}  {used}{state}"))
+    more = f" and {len(begun)} unfinished" if begun else ""
+    click.echo(
+        f"{_artifacts(len(found))}{more}, {size_text(sum(one.size for one in [*found, *begun]))} in {store.root()}"
+    )
+
+
+def _entry_data(entry: Entry) -> dict[str, Any]:
+    return {"key": entry.key, "path": str(entry.paths[0]), "bytes": entry.size, "used": entry.used}
 
 
 def _artifacts(count: int) -> str:
@@ -709,19 +726,26 @@ def _artifacts(count: int) -> str:
     "--older-than", type=click.FloatRange(min=0), metavar="DAYS", help="Only those not used for so many days."
 )
 def cache_clear(keys: tuple[str, ...], older_than: float | None) -> None:
-    """Delete artifacts: all, those of KEYS, or those not used lately."""
+    """Delete artifacts and what unfinished stages keep: all, those of KEYS, or those not used lately.
+
+    What a live run is making is left alone. A merge that is made already is not made again for lack of its artifacts.
+    """
     from mergeflow import cache as store
     from mergeflow.reporting import size_text
+    from mergeflow.writing import is_held
 
-    there = [one.key for one in store.entries()]
+    there = [one.key for one in (*store.entries(), *store.unfinished())]
     for key in keys:
         if key not in there:
             fix = did_you_mean(key, there) or "`mergeflow cache list` shows all keys."
             raise RecipeError(f"the cache has no artifact '{key}'", where="cache clear", fix=fix)
-    gone = store.clear(
-        older_than=None if older_than is None else older_than * 86400, keys=frozenset(keys) if keys else None
-    )
-    click.echo(f"{_artifacts(len(gone))} deleted, {size_text(sum(one.size for one in gone))}")
+    chosen: dict[str, Any] = {
+        "older_than": None if older_than is None else older_than * 86400,
+        "keys": frozenset(keys) if keys else None,
+    }
+    gone, begun = store.clear(**chosen), store.clear_unfinished(is_held, **chosen)
+    more = f" and {len(begun)} unfinished" if begun else ""
+    click.echo(f"{_artifacts(len(gone))}{more} deleted, {size_text(sum(one.size for one in [*gone, *begun]))}")
 
 
 @commands.command()
@@ -808,7 +832,7 @@ class _Progress:
             return
         if not done and not total:  # something to be told, and nothing to be counted
             self.close()
-            self.say(what)
+            self.say(printable(what))
             return
         if (what, total) != (self.what, self.total):
             self.close()

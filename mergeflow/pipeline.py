@@ -52,7 +52,7 @@ from mergeflow.planning import (
     needed_models,
     plan_digest,
 )
-from mergeflow.preparing import Runner, Stage, prepare
+from mergeflow.preparing import Runner, Stage, asked_digest, prepare, stages_of
 from mergeflow.publishing import CARD, RECIPE, side_files
 from mergeflow.recipe import ArtifactSource, ModelSource, Recipe
 from mergeflow.writing import Finished, Staging, finished_digest, free_bytes, refuse, repair
@@ -274,8 +274,13 @@ def run(
     clock = _Clock()
     target = Path(out) if out is not None else Path(recipe.name)
     repair(target)
-    stages = _run_stages(recipe, device, threads, memory, progress)
+    stages, asked = _stages(recipe, device)
     told = tuple((stage.node.name, stage.key, stage.done) for stage in stages)
+    if not fresh and not all(stage.done for stage in stages) and (kept := _made_as_asked(target, recipe, asked)):
+        accept(_recorded_inputs(target, next(iter(recipe.outputs))))
+        found = tuple(one for one in told if one[2])
+        return Result(target, kept[0], made=False, rows=kept[1], stages=found)
+    _run_stages(recipe, device, threads, memory, progress, stages)
     clock.lap("stages")
     made = plan(recipe, out=target, device=device)
     stamps = _stamps(made)
@@ -331,7 +336,9 @@ def run(
                 beside = {
                     file.file: staging.path / _below(key, file.file) for file in made.side_files if file.output == key
                 }
-                staging.add(_below(key, MANIFEST), _manifest(made, finished, inputs, beside, key, recipe.outputs))
+                staging.add(
+                    _below(key, MANIFEST), _manifest(made, finished, inputs, beside, key, recipe.outputs, asked)
+                )
 
             def verify(folder: Path) -> None:
                 _check_written(folder, target, recipe.outputs, threads, progress)
@@ -371,7 +378,7 @@ def recompute(
     """
     from mergeflow.executing import execute
 
-    _run_stages(recipe, device, threads, memory, progress)
+    _run_stages(recipe, device, threads, memory, progress, _stages(recipe, device)[0])
     made = plan(recipe, device=device)
     rows = tuple(row for row in made.rows if (row.output, row.name) in wanted)
     made = replace(made, rows=rows, loads=tuple(loads(*(row.expression for row in rows))), equal=())
@@ -414,19 +421,48 @@ class _Digests:
         self.done[row] = Finished(digest, inputs)
 
 
-def _run_stages(
-    recipe: Recipe, device: str, threads: int | None, memory: int | None, progress: Progress
-) -> tuple[Stage, ...]:
-    """Make the artifacts that rows need and the cache lacks; the stages, as they were found."""
+def _stages(recipe: Recipe, device: str) -> tuple[tuple[Stage, ...], str]:
+    """The stages that the outputs ask for, as the cache has them, and a digest of all that the run is given; none without stages."""
     if not any(isinstance(node.op, StageOp) for node in recipe.nodes.values()):
-        return ()
+        return (), ""
+    opened = open_models(recipe)
+    stages = stages_of(recipe, opened, device)
+    return stages, asked_digest(recipe, opened, stages, device) if stages else ""
+
+
+def _made_as_asked(target: Path, recipe: Recipe, asked: str) -> tuple[str, int] | None:
+    """The plan digest and number of tensors of a finished output that a run given the same has made, all its files in place."""
+    rows = 0
+    for key in recipe.outputs:
+        folder = target / key if key else target
+        try:
+            manifest = json.loads((folder / MANIFEST).read_bytes())
+            files = {**manifest["shards"], **manifest["files"]}
+            whole = all((folder / name).stat().st_size == facts["size"] for name, facts in files.items())
+            if not whole or manifest["asked"] != asked:
+                return None
+            rows += len(manifest["tensors"])
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+            return None
+    digest = finished_digest(target)
+    return None if digest is None else (digest, rows)
+
+
+def _run_stages(
+    recipe: Recipe,
+    device: str,
+    threads: int | None,
+    memory: int | None,
+    progress: Progress,
+    stages: tuple[Stage, ...],
+) -> None:
+    """Make the artifacts that rows need and the cache lacks."""
+    if all(stage.done for stage in stages):
+        return
     from mergeflow.executing import threads_for
 
     foresee = _foresee(device)
     opened = open_models(recipe)
-    found = prepare(recipe, opened, foresee=foresee, device=device).stages
-    if all(stage.done for stage in found):
-        return found
     plan(recipe, device=device)  # What headers can show is said before hours of collecting, not after.
     with _signals() as stop:
 
@@ -437,7 +473,6 @@ def _run_stages(
             device, threads_for(threads), memory or max(total_memory() // 4, LEAST_MEMORY), stop, progress, materialise
         )
         prepare(recipe, opened, foresee=foresee, device=device, make=runner.make)
-    return found
 
 
 def _check_target(made: Plan, target: Path, force: bool) -> None:
@@ -742,6 +777,7 @@ def _manifest(
     beside: Mapping[str, Path],
     key: str,
     outputs: Iterable[str],
+    asked: str,
 ) -> bytes:
     """What was made, from what, with digests; the same bytes for the same plan on the same software, seen from the same folder."""
     facts = {name: file_facts(path.read_bytes()) for name, path in beside.items()}
@@ -766,6 +802,7 @@ def _manifest(
         "name": made.name,
         "plan": made.digest,
         "parts": dict(made.parts),
+        **({"asked": asked} if asked else {}),
         "recipe": made.recipe,
         "software": software(),
         "inputs": inputs,
@@ -798,13 +835,13 @@ def _check_written(folder: Path, target: Path, outputs: Iterable[str], threads: 
 
 
 def foresee(
-    recipe: Recipe, out: Path, *, memory: int | None = None, threads: int | None = None
+    recipe: Recipe, out: Path, *, device: str = "cpu", memory: int | None = None, threads: int | None = None
 ) -> tuple[Plan, Budget, int]:
     """The plan of a run into `out`, how it would spend memory, and the bytes free on that disk.
 
     Raises what a run would raise before it reads a weight, a disk that is too small included.
     """
-    made = plan(recipe, out=out)
+    made = plan(recipe, out=out, device=device)
     budget = Budget.of(made, memory, threads)
     free = free_bytes(out)
     if free < made.bytes_out:

@@ -10,7 +10,9 @@ runs. For a plan, a stage that has not run yet gives the headers of what it woul
 from __future__ import annotations
 
 import contextlib
+import os
 import shutil
+import stat
 import tempfile
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -21,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 from blake3 import blake3
 
-from mergeflow import cache
+from mergeflow import __version__, cache
 from mergeflow.checkpoint import SINGLE, Checkpoint, StoredTensor, WeightFile, open_checkpoint
 from mergeflow.checkpoint.adapter import Adapter
 from mergeflow.checkpoint.sources import Zeros
@@ -186,6 +188,32 @@ def prepare(
     return Prepared(recipe.with_made(sources), artifacts, tuple(stages))
 
 
+def stages_of(recipe: Recipe, opened: Mapping[str, Checkpoint], device: str = "cpu") -> tuple[Stage, ...]:
+    """The stages that the outputs ask for, in their order, each with its key; no model is looked into."""
+    stages: list[Stage] = []
+    known: dict[str, str] = {}
+    for node in _in_order(recipe):
+        stages.append(_stage(recipe, node, opened, known, device))
+        known[node.name] = stages[-1].key
+    return tuple(stages)
+
+
+def asked_digest(recipe: Recipe, opened: Mapping[str, Checkpoint], stages: Sequence[Stage], device: str) -> str:
+    """A digest of all that a run is given: the recipe as it was resolved, its models' files, what goes into its stages.
+
+    A plan's digest needs the artifacts of stages; by this one an output is known as made where they have been cleared since.
+    """
+    return cache.artifact_key(
+        {
+            "version": __version__,
+            "recipe": recipe.resolved,
+            "files": {name: _files_identity(checkpoint) for name, checkpoint in sorted(opened.items())},
+            "stages": [stage.key for stage in stages],
+            "device": device.partition(":")[0],
+        }
+    )
+
+
 def _in_order(recipe: Recipe) -> Iterator[Node]:
     """The stage nodes that the outputs need, each after those that it needs itself."""
     outputs = recipe.outputs.values()
@@ -323,14 +351,16 @@ def _data_identity(recipe: Recipe, name: str, data: DataSource) -> Any:
     where = recipe.where(("data", name))
     digest = blake3()
     try:
-        path.stat()  # says why, which the error of a map does not
+        mode = path.stat().st_mode  # says why, which the error of a map does not
+        if not stat.S_ISDIR(mode) and not stat.S_ISREG(mode):
+            raise InputError("is neither a file nor a folder", where=where, fix="Put its rows into a file.")
         files = sorted(one for one in path.rglob("*") if one.is_file()) if path.is_dir() else [path]
         for file in files:
-            digest.update(str(file.relative_to(path) if path.is_dir() else file.name).encode() + b"\0")
+            digest.update(os.fsencode(file.relative_to(path) if path.is_dir() else file.name) + b"\0")
             digest.update(blake3(max_threads=blake3.AUTO).update_mmap(file).digest())
-    except OSError as error:
-        fix = "Paths of data are relative to the recipe."
-        raise InputError(f"cannot read '{data.path}': {error.strerror or error}", where=where, fix=fix) from None
+    except (OSError, ValueError) as error:  # a path with a NUL is none
+        fix, why = "Paths of data are relative to the recipe.", getattr(error, "strerror", None) or error
+        raise InputError(f"cannot read '{data.path}': {why}", where=where, fix=fix) from None
     return [said, digest.hexdigest()]
 
 

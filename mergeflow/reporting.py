@@ -19,7 +19,7 @@ BYTES_A_SECOND = 1.0e9
 """What one thread is taken to do with stored bytes where nothing was measured yet: for the estimate of time."""
 
 
-def plan_data(plan: Plan, *, threads: int, peak: int, free: int) -> dict[str, Any]:
+def plan_data(plan: Plan, *, device: str, threads: int, peak: int, free: int) -> dict[str, Any]:
     """A plan as JSON-ready data. `peak` and `free` are bytes of memory and of disk."""
     read = bytes_read(plan)
     return {
@@ -58,6 +58,7 @@ def plan_data(plan: Plan, *, threads: int, peak: int, free: int) -> dict[str, An
         "bytes_out": plan.bytes_out,
         "bytes_free": free,
         "peak_memory": peak,
+        "device": device,
         "threads": threads,
         "estimated_seconds": round((read + plan.bytes_out) / BYTES_A_SECOND / max(threads, 1), 1),
         "warnings": list(plan.warnings),
@@ -113,7 +114,7 @@ def plan_text(data: Mapping[str, Any], out: Path) -> str:
         "",
         f"  bytes    {size_text(data['bytes_read'])} read, {size_text(data['bytes_out'])} written, "
         f"{size_text(data['bytes_free'])} free on the disk",
-        f"  memory   {size_text(data['peak_memory'])} at most, {data['threads']} threads",
+        f"  memory   {size_text(data['peak_memory'])} at most, {data['threads']} threads, on {data['device']}",
         f"  time     about {data['estimated_seconds']:g} s",
         f"  digest   {data['digest']}",
     ]

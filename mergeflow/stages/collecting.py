@@ -452,11 +452,13 @@ def run(job: StageJob) -> None:
         raise RecipeError(f"{job.op.name} runs on data, and its node names none", fix="Add `data: NAME`.")
     folder = models.open_folder(job.model)
     examples = data.read_examples(job.data, job.folder, folder, job.op.max_length)
-    _say(job, examples.counts)
+    say(job, examples.counts)
     with threads(job.threads), torch.no_grad():
         way = walking.collect if walking.too_large(folder, job.memory) else _collect
         collected = way(job, folder, examples)
         job.check_stop()
+        if collected.dropped:
+            job.progress(f"batches left out for NaN or Inf: {collected.dropped}", 0, 0)
         _write(job, examples, collected)
 
 
@@ -609,7 +611,8 @@ def check_dropped(dropped: set[int], batches: int) -> None:
         )
 
 
-def _say(job: StageJob, counts: data.Counts) -> None:
+def say(job: StageJob, counts: data.Counts) -> None:
+    """Tell what was cut, and what was left out."""
     if counts.cut:
         job.progress(f"texts longer than the context, cut: {counts.cut}", 0, 0)
     if counts.unusable:

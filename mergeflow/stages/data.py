@@ -11,6 +11,7 @@ decoder's length is never the encoder's: what reads a tensor can then be told by
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import heapq
 import io
@@ -46,6 +47,9 @@ KINDS: Mapping[str, str] = {
     ".md": "text",
     **dict.fromkeys(IMAGES, "images"),
 }
+MOST_LINE = 1 << 26
+"""Characters of a line, or of a field of CSV: whole files without a line's end are no rows."""
+
 NO_CONTEXT = 512
 """Tokens of a text where neither the model nor its tokenizer says how many it reads."""
 
@@ -202,6 +206,8 @@ def _all_rows(source: DataSource, folder: Path, counts: Counts) -> Iterator[Row]
         raise InputError(
             "there is no such file or folder", where=source.path, fix="Data paths are relative to the recipe."
         )
+    if not path.is_dir() and not path.is_file():
+        raise InputError("is neither a file nor a folder", where=source.path, fix="Put its rows into a file.")
     if path.is_dir() and (source.kind == "images" or source.kind is None):
         files = sorted(file for file in path.rglob("*") if file.is_file() and file.suffix.lower() in KINDS)
         found = {KINDS[file.suffix.lower()] for file in files}
@@ -233,26 +239,41 @@ def _jsonl(file: Path, root: Path, counts: Counts) -> Iterator[Row]:
     if file.suffix.lower() == ".json":
         yield from _json(file, counts)
         return
+    for number, line in _lines(file):
+        where = f"{file.name}:{number}"
+        try:
+            fields = json.loads(line)
+        except (ValueError, RecursionError):
+            counts.leave_out(where, "is not JSON")
+            continue
+        if isinstance(fields, dict):
+            yield Row(where, fields)
+        else:
+            counts.leave_out(where, "is not a JSON object")
+
+
+def _lines(file: Path) -> Iterator[tuple[int, str]]:
+    """The lines that hold something, each with its number. Raises InputError for one that is too long to be a row."""
     with file.open(encoding="utf-8-sig") as lines:
-        for number, line in enumerate(lines, start=1):
-            if not line.strip():
-                continue
-            where = f"{file.name}:{number}"
-            try:
-                fields = json.loads(line)
-            except ValueError:
-                counts.leave_out(where, "is not JSON")
-                continue
-            if isinstance(fields, dict):
-                yield Row(where, fields)
-            else:
-                counts.leave_out(where, "is not a JSON object")
+        number = 0
+        while line := lines.readline(MOST_LINE):
+            number += 1
+            if len(line) == MOST_LINE and not line.endswith("\n"):
+                raise InputError(
+                    f"has a line of over {MOST_LINE:,} characters",
+                    where=f"{file}:{number}",
+                    fix="A row is a line of its own.",
+                )
+            if line.strip():
+                yield number, line
 
 
 def _json(file: Path, counts: Counts) -> Iterator[Row]:
     try:
         found = json.loads(file.read_text(encoding="utf-8-sig"))
-    except ValueError as error:
+    except UnicodeDecodeError:
+        raise
+    except (ValueError, RecursionError) as error:
         raise InputError(f"is not JSON: {error}", where=str(file), fix="One object a line is a .jsonl file.") from None
     if not isinstance(found, list):
         raise InputError("is not a list of objects", where=str(file), fix="One object a line is a .jsonl file.")
@@ -264,9 +285,17 @@ def _json(file: Path, counts: Counts) -> Iterator[Row]:
 
 
 def _csv(file: Path, root: Path, counts: Counts) -> Iterator[Row]:
-    with file.open(encoding="utf-8-sig", newline="") as lines:
-        reader = csv.DictReader(lines, delimiter="\t" if file.suffix.lower() == ".tsv" else ",")
+    with file.open(encoding="utf-8-sig", newline="") as lines, _long_fields():
+        # Strict, since a quote that is never closed would take in all rows behind it without a word.
+        reader = csv.DictReader(lines, delimiter="\t" if file.suffix.lower() == ".tsv" else ",", strict=True)
         try:
+            columns = [name for name in reader.fieldnames or () if name]
+            if twice := next((name for name in columns if columns.count(name) > 1), None):
+                raise InputError(
+                    f"names the column '{twice[:60]}' twice",
+                    where=f"{file}:1",
+                    fix="Give each column a name of its own.",
+                )
             for fields in reader:
                 where = f"{file.name}:{reader.line_num}"
                 if None in fields or None in fields.values():
@@ -277,9 +306,19 @@ def _csv(file: Path, root: Path, counts: Counts) -> Iterator[Row]:
             raise InputError(f"is not CSV: {error}", where=f"{file}:{reader.line_num}") from None
 
 
+@contextlib.contextmanager
+def _long_fields() -> Iterator[None]:
+    """While this holds, a field of CSV may be as long as a document; csv has one limit for the whole process."""
+    before = csv.field_size_limit(MOST_LINE)
+    try:
+        yield
+    finally:
+        csv.field_size_limit(before)
+
+
 def _parquet(file: Path, root: Path, counts: Counts) -> Iterator[Row]:
     try:
-        from pyarrow import parquet
+        from pyarrow import ArrowException, parquet
     except ImportError:
         raise MachineError(
             "reading Parquet needs pyarrow, which is not installed",
@@ -292,15 +331,13 @@ def _parquet(file: Path, root: Path, counts: Counts) -> Iterator[Row]:
             for fields in batch.to_pylist():
                 number += 1
                 yield Row(f"{file.name}:{number}", fields)
-    except (OSError, ValueError) as error:
-        raise InputError(f"is not Parquet: {str(error)[:200]}", where=str(file)) from None
+    except (ArrowException, OSError, ValueError, OverflowError) as error:
+        raise InputError(f"is not Parquet that can be read: {str(error)[:200]}", where=str(file)) from None
 
 
 def _text(file: Path, root: Path, counts: Counts) -> Iterator[Row]:
-    with file.open(encoding="utf-8-sig") as lines:
-        for number, line in enumerate(lines, start=1):
-            if line.strip():
-                yield Row(f"{file.name}:{number}", {"text": line.strip()})
+    for number, line in _lines(file):
+        yield Row(f"{file.name}:{number}", {"text": line.strip()})
 
 
 def _images(file: Path, root: Path, counts: Counts) -> Iterator[Row]:
@@ -470,11 +507,11 @@ class _Numbers(_Encoder):
         if isinstance(value, str):
             try:
                 value = json.loads(value)
-            except ValueError:
+            except (ValueError, RecursionError):
                 value = None
         try:
             values = torch.tensor(value, dtype=self.dtype)
-        except (TypeError, ValueError, RuntimeError):
+        except (TypeError, ValueError, RuntimeError, OverflowError):
             self.lacks(row, f"has no list of numbers in its field '{name}'")
             return None
         if self.folder.task == "features":
@@ -503,21 +540,20 @@ class _Numbers(_Encoder):
         if image is None:
             return None
         if self.folder.task == "features":
-            grey = image.convert("L")
-            flat = torch.frombuffer(bytearray(grey.tobytes()), dtype=torch.uint8).to(self.dtype) / 255
+            flat = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8).to(self.dtype) / 255
             if len(flat) != self.size:
                 self.lacks(row, f"has {len(flat)} pixels, and the model reads {self.size}")
                 return None
             return flat
         if self.processor is None:
             self.processor = self.make_processor()
-        made = self.processor(images=image.convert("RGB"), return_tensors="pt")
+        made = self.processor(images=image, return_tensors="pt")
         values: Tensor = made["pixel_values"][0].to(self.dtype)
         return values
 
     def opened(self, row: Row) -> Any:
         try:
-            from PIL import Image, UnidentifiedImageError
+            from PIL import Image
         except ImportError:
             raise MachineError(
                 "reading images needs Pillow, which is not installed",
@@ -527,15 +563,14 @@ class _Numbers(_Encoder):
         value = row.fields["image"]
         if isinstance(value, Mapping):  # as Parquet files of the hub hold images
             value = value.get("bytes") or value.get("path")
-        try:
-            if isinstance(value, Path | str | bytes):
-                image = Image.open(io.BytesIO(value) if isinstance(value, bytes) else value)
-                image.load()
-                return image
-            if isinstance(value, Image.Image):
-                return value
+        if not isinstance(value, Path | str | bytes | Image.Image):
             self.lacks(row, "holds no image")
-        except (UnidentifiedImageError, OSError, Image.DecompressionBombError):
+            return None
+        try:
+            found: Any = io.BytesIO(value) if isinstance(value, bytes) else value
+            image = found if isinstance(found, Image.Image) else Image.open(found)
+            return image.convert("L" if self.folder.task == "features" else "RGB")
+        except Exception:  # whatever the reader of one format makes of a damaged file
             self.lacks(row, "is no image that can be read")
         return None
 
@@ -619,7 +654,11 @@ class _Text(_Encoder):
                     where=self.source.path,
                     fix="Name the field: `label: ...`.",
                 )
-            return Example(row.where, ids, target=self.ids(str(label), target=True))
+            target = self.ids(label, target=True) if isinstance(label, str) and _whole(label) else ()
+            if not target:
+                self.lacks(row, f"has no text in its field '{self.source.label}'")
+                return None
+            return Example(row.where, ids, target=target)
         return Example(row.where, ids)
 
     def ids(self, text: str, *, special: bool = True, target: bool = False) -> tuple[int, ...]:
@@ -636,7 +675,15 @@ class _Text(_Encoder):
         return tuple(found)
 
     def text(self, row: Row) -> Any:
-        """The row's text; a list of words where tokens are labelled; None where it has none."""
+        """The row's text; a list of words where tokens are labelled; None where it has none that can be encoded."""
+        found = self.found(row)
+        if found is not None and not all(map(_whole, [found] if isinstance(found, str) else found)):
+            self.lacks(row, "has half a character (a lone surrogate) in its text")
+            return None
+        return found
+
+    def found(self, row: Row) -> Any:
+        """The text as the row has it."""
         if self.source.template is not None:
             return self.filled(row, self.source.template)
         if self.source.messages is not None:
@@ -709,6 +756,11 @@ class _Text(_Encoder):
             target.append(self.labels.number(labels[word], row.where) if fresh else -100)
             before = word
         return Example(row.where, tuple(found["input_ids"]), target=tuple(target))
+
+
+def _whole(text: str) -> bool:
+    """Whether a text can be encoded: JSON may name halves of a character, which are none."""
+    return not any("\ud800" <= character <= "\udfff" for character in text) if not text.isascii() else True
 
 
 _ENCODERS: Mapping[models.Task, type[_Encoder]] = {

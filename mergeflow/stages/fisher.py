@@ -636,6 +636,7 @@ def run(job: StageJob) -> None:
     folder = models.open_folder(job.model)
     task = _task(op, folder)
     examples = data.read_examples(job.data, job.folder, folder, op.max_length)
+    collecting.say(job, examples.counts)
     with collecting.threads(job.threads):
         model = models.load_model(folder, job.device)
         collecting.settle(model, examples)
@@ -656,6 +657,8 @@ def run(job: StageJob) -> None:
             progress=lambda done: job.progress("examples", done, len(examples.examples)),
             stop=job.stop,
         )
+        if found.dropped:
+            job.progress(f"examples left out for NaN or infinite gradients: {found.dropped}", 0, 0)
         if UNFOLLOWED in found.gradients:
             job.progress(f"gradients of one example at a time, which is slow: {found.gradients}", 0, 0)
         _write(job, op, examples, found, placed)

@@ -30,9 +30,10 @@ rename is done and what was replaced is deleted, and the published folder never 
 """
 
 from mergeflow.manifest import MANIFEST
+from mergeflow.writing.claim import is_held
 from mergeflow.writing.disk import free_bytes
 from mergeflow.writing.journal import Finished
 from mergeflow.writing.staging import Staging
 from mergeflow.writing.target import finished_digest, refuse, repair
 
-__all__ = ["MANIFEST", "Finished", "Staging", "finished_digest", "free_bytes", "refuse", "repair"]
+__all__ = ["MANIFEST", "Finished", "Staging", "finished_digest", "free_bytes", "is_held", "refuse", "repair"]

@@ -137,6 +137,15 @@ class Claim:
             self.path.parent.rmdir()
 
 
+def is_held(folder: Path) -> bool:
+    """Whether a live run holds a folder, or one is just about to."""
+    here, unreadable = Holder.here(), dict[int, float]()
+    try:
+        return any(_claim_state(folder, number, here, unreadable) != "" for number in _claims(folder))
+    except OSError:
+        return False
+
+
 def _claims(folder: Path) -> list[int]:
     return sorted(int(name[6:]) for name in os.listdir(folder) if re.fullmatch(r"claim\.\d{1,9}", name))
 
