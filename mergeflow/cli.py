@@ -16,7 +16,7 @@ import tempfile
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -337,6 +337,11 @@ def run(
 
         how["accept"] = locking.guard(checked, locking.lock_path(recipe), device)
     shown = _Progress(quiet)
+
+    def planned(made: Any) -> None:
+        shown.planned(made)
+        warn(made.warnings)
+
     try:
         result = pipeline.run(
             checked,
@@ -348,13 +353,13 @@ def run(
             force=force,
             fresh=fresh,
             progress=shown.update,
-            planned=shown.planned,
+            planned=planned,
             **how,
         )
     finally:
         shown.close()
-    for warning in result.warnings:
-        click.echo(f"warning: {printable(warning)}", err=True)
+    if not result.made:
+        warn(result.warnings)
     seconds = time.perf_counter() - started
     if as_json:
         data = {
@@ -404,8 +409,9 @@ def plan(
 ) -> None:
     """Say what a run would do, from headers alone.
 
-    Every problem that headers can show, or the tensors and files, bytes read and written, memory and time. No weight is
-    read; of a hub's models only configs, tokenizers, indexes and headers are fetched.
+    Every problem that headers can show, or the tensors and files, bytes read and written, memory and time. Of a hub's models only
+    configs, tokenizers, indexes and headers are fetched. No weights are read but, of models on this machine that are averaged, a
+    sample of some KiB, to warn where they have no common origin.
     """
     checked = recipe_of(recipe, settings)
     from mergeflow import pipeline, reporting
@@ -554,6 +560,61 @@ def inspect(model: str, revision: str | None, subfolder: str | None, file: str |
     else:
         data = inspect_model(open_adapter(folder) if adapter else open_checkpoint(folder, file=file))
     click.echo(json.dumps(data, indent=1) if as_json else inspect_text(data))
+
+
+@commands.command()
+@click.argument("first")
+@click.argument("second")
+@threads_option
+@click.option("--svg", type=click.Path(), metavar="FILE", help="Also write a picture of the change of each layer.")
+@json_option
+@click.option("-q", "--quiet", is_flag=True, help="No progress.")
+def diff(first: str, second: str, threads: int | None, svg: str | None, as_json: bool, quiet: bool) -> None:
+    """Say how far the model SECOND is from FIRST.
+
+    Relative change, cosine and largest difference of each layer and tensor, what moved most first; tensors, shapes, dtypes,
+    config and tokenizer that differ. Each is a folder, a .safetensors file or a hub name. The exit code is 0 whatever differs.
+    """
+    from mergeflow import comparing
+
+    shown = _Progress(quiet)
+    try:
+        found = comparing.diff(
+            first, second, threads=threads, progress=lambda done, total: shown.update("read", done, total)
+        )
+    finally:
+        shown.close()
+    if svg:
+        try:
+            Path(svg).write_text(comparing.diff_svg(found), encoding="utf-8")
+        except OSError as error:
+            from mergeflow.errors import MachineError
+
+            raise MachineError(f"cannot be written: {error.strerror}", where=svg) from None
+    click.echo(json.dumps(comparing.diff_data(found), indent=1) if as_json else comparing.diff_text(found))
+
+
+@commands.command()
+@click.argument("models", nargs=-1, required=True)
+@threads_option
+@json_option
+@click.option("-q", "--quiet", is_flag=True, help="No progress.")
+def lineage(models: tuple[str, ...], threads: int | None, as_json: bool, quiet: bool) -> None:
+    """Say of MODELS, two or more, which have a common origin.
+
+    Each two are the same, parent and child, fine-tunes of one parent (which is among the models, or not: siblings) or strangers, with the
+    numbers that show it.
+    """
+    from mergeflow import comparing
+
+    shown = _Progress(quiet)
+    try:
+        found = comparing.lineage(
+            models, threads=threads, progress=lambda done, total: shown.update("read", done, total)
+        )
+    finally:
+        shown.close()
+    click.echo(json.dumps(comparing.lineage_data(found), indent=1) if as_json else comparing.lineage_text(found))
 
 
 @commands.command("eval")
@@ -754,6 +815,12 @@ def import_(config: str, out: str | None, force: bool) -> None:
     for note in found.notes:
         click.echo(f"note: {printable(note)}", err=True)
     click.echo(f"{out}: written" if out else found.text, nl=bool(out))
+
+
+def warn(warnings: Iterable[str]) -> None:
+    """Print warnings on stderr."""
+    for warning in warnings:
+        click.echo(f"warning: {printable(warning)}", err=True)
 
 
 def check_device(device: str) -> None:

@@ -26,6 +26,7 @@ from mergeflow import __version__
 from mergeflow.checkpoint import Checkpoint, open_checkpoint
 from mergeflow.checkpoint.adapter import open_adapter
 from mergeflow.checkpoint.statistics import STATISTICS, open_statistics
+from mergeflow.comparing import sample
 from mergeflow.document import dump_yaml
 from mergeflow.errors import (
     InputError,
@@ -292,6 +293,7 @@ def run(
         accept(_recorded_inputs(target, next(iter(recipe.outputs))))
         return Result(target, made.digest, made=False, rows=len(made.rows), warnings=made.warnings, stages=told)
     _check_target(made, target, force)
+    made = _with_sample(made)
     planned(made)
     budget = Budget.of(made, memory, threads)
     clock.lap("budget")
@@ -383,6 +385,15 @@ def _run_stages(
         )
         prepare(recipe, opened, foresee=foresee, device=device, make=runner.make)
     return found
+
+
+def _with_sample(made: Plan) -> Plan:
+    """The plan with a warning for models that it averages and that look like strangers, told from a few KiB of each."""
+    found = sample(made)
+    if not found.size:
+        return made
+    note = f"{-(-found.size // 1024)} KiB of weights were sampled, to tell whether the models that are averaged have a common origin"
+    return replace(made, warnings=(*made.warnings, *found.warnings), notes=(*made.notes, note))
 
 
 def _check_target(made: Plan, target: Path, force: bool) -> None:
@@ -722,9 +733,10 @@ def foresee(
 ) -> tuple[Plan, Budget, int]:
     """The plan of a run into `out`, how it would spend memory, and the bytes free on that disk.
 
-    Raises what a run would raise before it reads a weight, a disk that is too small included.
+    It samples the models that are averaged (mergeflow.comparing.sample): beside headers the one thing that is read. Raises what a run
+    would raise before it reads weights, a disk that is too small included.
     """
-    made = plan(recipe, out=out)
+    made = _with_sample(plan(recipe, out=out))
     budget = Budget.of(made, memory, threads)
     free = free_bytes(out)
     if free < made.bytes_out:

@@ -14,7 +14,7 @@ FLOORS: dict[int, str] = {
     9: "cli testing",
     8: "locking",
     7: "pipeline",
-    6: "inspecting schema reporting importing preparing evaluating",
+    6: "comparing inspecting schema reporting importing preparing evaluating",
     5: "executing writing publishing stages",
     4: "planning restacking fingerprints",
     3: "recipe graph layout",

@@ -31,6 +31,10 @@ class Vocabularies:
             self.clashes[first, second] = self._clash(first, second)
         return self.clashes[first, second]
 
+    def tokens_of(self, model: str) -> dict[int, str]:
+        """The tokens of a model by id; none where it has no tokenizer file that lists them."""
+        return self._tokens(model)
+
     def _clash(self, first: str, second: str) -> str:
         if self._file(first)[0] == self._file(second)[0]:
             return ""
