@@ -183,6 +183,11 @@ def test_every_pair_of_the_quickstart_s_models_is_known_for_what_it_is() -> None
     assert all(Path(one.parent).name == "base" for one in found.relations if one.parent)
 
 
+def test_without_their_base_the_quickstart_s_fine_tunes_are_siblings() -> None:
+    found = lineage([MODELS / name for name in DOMAINS])
+    assert [one.verdict for one in found.relations] == ["sibling"] * 10
+
+
 def test_fine_tunes_without_their_parent_are_siblings_and_other_seeds_are_strangers(tmp_path: Path) -> None:
     for seed in range(3):
         base = model(seed)
