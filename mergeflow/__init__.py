@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from mergeflow.graph import Plan
     from mergeflow.pipeline import Result, plan, run
     from mergeflow.recipe import Recipe, load_recipe
+    from mergeflow.verifying import verify
 
 _HOMES = {
     "comparing": ("Difference", "Lineage", "diff", "lineage"),
@@ -47,6 +48,7 @@ _HOMES = {
     "graph": ("Plan",),
     "pipeline": ("Result", "plan", "run"),
     "recipe": ("Recipe", "load_recipe"),
+    "verifying": ("verify",),
 }
 
 __all__ = [
@@ -69,6 +71,7 @@ __all__ = [
     "load_recipe",
     "plan",
     "run",
+    "verify",
 ]
 
 

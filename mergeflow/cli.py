@@ -19,7 +19,7 @@ import traceback
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 import click
 
@@ -214,11 +214,11 @@ scratch_option = click.option(
 )
 
 
-def append_summary(path: str | None, text: str) -> None:
-    """Add to the file of `--summary`, where it is given. Raises MachineError."""
+def put(text: str, path: str | None, mode: str = "w") -> None:
+    """Write a file that an option names, or with mode "a" add to it; nothing where it is not given. Raises MachineError."""
     if path is not None:
         try:
-            with open(path, "a", encoding="utf-8") as file:
+            with open(path, mode, encoding="utf-8") as file:
                 file.write(text)
         except OSError as error:
             raise MachineError(f"cannot be written: {error.strerror}", where=path) from None
@@ -309,16 +309,13 @@ def run(
     recipe: str,
     out: str | None,
     settings: tuple[str, ...],
-    device: str,
-    memory: int | None,
-    threads: int | None,
-    reading: Any,
     force: bool,
     fresh: bool,
     locked: bool,
     as_json: bool,
     quiet: bool,
     verbose: bool,
+    **how: Any,
 ) -> None:
     """Make the merge that RECIPE describes.
 
@@ -328,36 +325,20 @@ def run(
     from mergeflow import pipeline
     from mergeflow.reporting import size_text
 
-    check_device(device)
+    check_device(how["device"])
     started = time.perf_counter()
     checked = recipe_of(recipe, settings)
-    how: dict[str, Any] = {}
     if locked:
         from mergeflow import locking
 
-        how["accept"] = locking.guard(checked, locking.lock_path(recipe), device)
-    shown = _Progress(quiet)
+        how["accept"] = locking.guard(checked, locking.lock_path(recipe), how["device"])
+    with _Progress(quiet) as shown:
 
-    def planned(made: Any) -> None:
-        shown.planned(made)
-        warn(made.warnings)
+        def planned(made: Any) -> None:
+            shown.planned(made)
+            warn(made.warnings)
 
-    try:
-        result = pipeline.run(
-            checked,
-            out,
-            device=device,
-            threads=threads,
-            memory=memory,
-            reading=reading,
-            force=force,
-            fresh=fresh,
-            progress=shown.update,
-            planned=planned,
-            **how,
-        )
-    finally:
-        shown.close()
+        result = pipeline.run(checked, out, force=force, fresh=fresh, progress=shown.update, planned=planned, **how)
     if not result.made:
         warn(result.warnings)
     seconds = time.perf_counter() - started
@@ -422,7 +403,7 @@ def plan(
     target = Path(out or checked.name)
     made, budget, free = pipeline.foresee(checked, target, memory=memory, threads=threads)
     data = reporting.plan_data(made, threads=budget.threads, peak=budget.peak, free=free)
-    append_summary(summary, reporting.plan_markdown(data))
+    put(reporting.plan_markdown(data), summary, "a")
     click.echo(json.dumps(data, indent=1) if as_json else reporting.plan_text(data, target))
 
 
@@ -450,12 +431,11 @@ def lock(
 
     check_device(how["device"])
     checked = recipe_of(recipe, settings)
-    shown = _Progress(quiet)
-    try:
-        with locking.making(checked, scratch=_folder(scratch), progress=shown.update, **how) as made:
-            locking.write_lock(made.lock, path := locking.lock_path(recipe))
-    finally:
-        shown.close()
+    with (
+        _Progress(quiet) as shown,
+        locking.making(checked, scratch=scratch, progress=shown.update, planned=warn_of, **how) as made,
+    ):
+        locking.write_lock(made.lock, path := locking.lock_path(recipe))
     data = {"path": str(path), "tensors": len(made.lock.tensors), "inputs": len(made.lock.inputs)}
     click.echo(json.dumps(data, indent=1) if as_json else f"{path}: {data['tensors']} tensors locked")
 
@@ -494,21 +474,44 @@ def check(
     check_device(how["device"])
     checked = recipe_of(recipe, settings)
     lock = locking.read_lock(locking.lock_path(recipe))
-    shown = _Progress(quiet)
-    try:
+    with _Progress(quiet) as shown:
         found = locking.check(
-            checked, lock, tolerance=tolerance, scratch=_folder(scratch), progress=shown.update, **how
+            checked, lock, tolerance=tolerance, scratch=scratch, progress=shown.update, planned=warn_of, **how
         )
-    finally:
-        shown.close()
     click.echo(json.dumps(locking.check_data(found), indent=1) if as_json else locking.check_text(found))
-    append_summary(summary, locking.check_markdown(found))
+    put(locking.check_markdown(found), summary, "a")
     if not found.passed:
         raise click.exceptions.Exit(1)
 
 
-def _folder(path: str | None) -> Path | None:
-    return None if path is None else Path(path)
+@commands.command()
+@click.argument("out", type=click.Path())
+@click.option(
+    "--replay",
+    type=click.IntRange(min=0),
+    default=0,
+    metavar="N",
+    help="Also make N tensors again from the recipe inside.",
+)
+@click.option("--seed", type=int, default=0, show_default=True, help="Which tensors --replay draws.")
+@how_options
+@json_option
+@click.option("-q", "--quiet", is_flag=True, help="No progress.")
+def verify(out: str, replay: int, seed: int, as_json: bool, quiet: bool, **how: Any) -> None:
+    """Hold the output folder OUT against its own manifest: every byte of every file.
+
+    Exit 0 where all is as it was written; exit 1 with the file or tensor that was changed or is missing. --replay makes tensors again
+    from the recipe inside the output and compares bits; inputs that are missing or have changed since are named, with exit 3.
+    """
+    from mergeflow import verifying
+
+    check_device(how["device"])
+    with _Progress(quiet) as shown:
+        found = verifying.verify(out, replay=replay, seed=seed, progress=shown.update, **how)
+    data = verifying.verification_data(found)
+    click.echo(json.dumps(data, indent=1) if as_json else verifying.verification_text(found))
+    if not found.passed:
+        raise click.exceptions.Exit(1)
 
 
 @commands.command()
@@ -577,20 +580,12 @@ def diff(first: str, second: str, threads: int | None, svg: str | None, as_json:
     """
     from mergeflow import comparing
 
-    shown = _Progress(quiet)
-    try:
+    with _Progress(quiet) as shown:
         found = comparing.diff(
             first, second, threads=threads, progress=lambda done, total: shown.update("read", done, total)
         )
-    finally:
-        shown.close()
     if svg:
-        try:
-            Path(svg).write_text(comparing.diff_svg(found), encoding="utf-8")
-        except OSError as error:
-            from mergeflow.errors import MachineError
-
-            raise MachineError(f"cannot be written: {error.strerror}", where=svg) from None
+        put(comparing.diff_svg(found), svg)
     click.echo(json.dumps(comparing.diff_data(found), indent=1) if as_json else comparing.diff_text(found))
 
 
@@ -607,13 +602,10 @@ def lineage(models: tuple[str, ...], threads: int | None, as_json: bool, quiet: 
     """
     from mergeflow import comparing
 
-    shown = _Progress(quiet)
-    try:
+    with _Progress(quiet) as shown:
         found = comparing.lineage(
             models, threads=threads, progress=lambda done, total: shown.update("read", done, total)
         )
-    finally:
-        shown.close()
     click.echo(json.dumps(comparing.lineage_data(found), indent=1) if as_json else comparing.lineage_text(found))
 
 
@@ -648,8 +640,7 @@ def eval_(
 
     check_device(device)
     sources = data_sources(paths, fields)
-    shown = _Progress(quiet, unit="rows")
-    try:
+    with _Progress(quiet, unit="rows") as shown:
         found = evaluating.evaluate(
             evaluating.model_folder(path_of(model), Path()),
             sources,
@@ -661,8 +652,6 @@ def eval_(
             threads=threads,
             progress=shown.update,
         )
-    finally:
-        shown.close()
     for warning in evaluating.warnings(found):
         click.echo(f"warning: {printable(warning)}", err=True)
     click.echo(
@@ -724,14 +713,11 @@ def stats(
     from mergeflow.reporting import size_text
 
     check_device(device)
-    shown = _Progress(quiet)
     recipe = statistics_recipe(model, data, kind, read_words(options), revision=revision)
-    try:
+    with _Progress(quiet) as shown:
         result = pipeline.run(
             recipe, out, device=device, memory=memory, threads=threads, force=force, progress=shown.update
         )
-    finally:
-        shown.close()
     if as_json:
         click.echo(json.dumps({"path": str(result.path), "made": result.made, "tensors": result.rows}, indent=1))
     elif not result.made:
@@ -817,6 +803,11 @@ def import_(config: str, out: str | None, force: bool) -> None:
     click.echo(f"{out}: written" if out else found.text, nl=bool(out))
 
 
+def warn_of(plan: Any) -> None:
+    """Print the warnings of a plan on stderr."""
+    warn(plan.warnings)
+
+
 def warn(warnings: Iterable[str]) -> None:
     """Print warnings on stderr."""
     for warning in warnings:
@@ -841,7 +832,7 @@ def check_device(device: str) -> None:
             )
 
 
-_BYTES = ("fetch", "read", "write")
+_BYTES = ("fetch", "read", "compute", "write")
 """Work that is counted in bytes; stages count batches, layers or examples."""
 
 
@@ -858,6 +849,12 @@ class _Progress:
         self.bar: Any = None
         self.done = self.total = 0
         self.started = self.spoke = time.monotonic()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *raised: object) -> None:
+        self.close()
 
     def planned(self, plan: Any) -> None:
         """Say what is about to be done."""

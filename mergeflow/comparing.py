@@ -50,8 +50,10 @@ from mergeflow.dtypes import torch_dtype
 from mergeflow.errors import InputError, RecipeError, printable
 from mergeflow.graph import Apply, Expression, Load, Plan
 from mergeflow.hub import locate
+from mergeflow.manifest import MANIFEST
 from mergeflow.ops.base import LEAF
 from mergeflow.planning.vocabulary import Vocabularies
+from mergeflow.publishing import CARD, RECIPE
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -366,7 +368,7 @@ def _layer(name: str) -> str | None:
 
 CONFIGS = ("config.json", "generation_config.json")
 BESIDE = (".json", ".txt", ".model", ".jinja", ".tiktoken")
-OURS = ("mergeflow.json", "recipe.yaml", "README.md")
+OURS = (MANIFEST, RECIPE, CARD)
 """What a merge says of itself, which differs between any two."""
 
 
@@ -394,7 +396,7 @@ def _flat(value: Any, above: str = "") -> dict[str, Any]:
 def _tokenizer(a: Checkpoint, b: Checkpoint) -> tuple[str, ...]:
     """Sentences on how two tokenizers differ, in the tokens they know and what these mean."""
     vocabularies = Vocabularies({"a": a, "b": b})
-    before, now = (vocabularies.tokens_of(name) for name in ("a", "b"))
+    before, now = (vocabularies.tokens(name) for name in ("a", "b"))
     if not before or not now:
         return ("only one model has a tokenizer",) if before or now else ()
     said = []

@@ -242,7 +242,7 @@ def recipe(folder: Path, **nodes: object) -> Path:
 MEAN = {"op": "linear", "inputs": ["a", "b"]}
 
 
-def test_plan_and_run_warn_of_strangers_and_of_no_one_else(tmp_path: Path) -> None:
+def test_plan_run_lock_and_check_warn_of_strangers_and_of_no_one_else(tmp_path: Path) -> None:
     save(tmp_path / "a", {name: one.bfloat16() for name, one in model(0).items()})
     save(tmp_path / "b", {name: one.bfloat16() for name, one in model(1).items()})
     path = recipe(tmp_path)
@@ -251,6 +251,9 @@ def test_plan_and_run_warn_of_strangers_and_of_no_one_else(tmp_path: Path) -> No
         done.code == 0 and "'a' and 'b' look like strangers" in done.out and "KiB of weights were sampled" in done.out
     )
     assert "look like strangers" in call("run", str(path), "-o", str(tmp_path / "out"), "-q").err
+    for command in ("lock", "check"):
+        done = call(command, str(path), "-q", "--scratch", str(tmp_path))
+        assert done.code == 0 and done.err.count("look like strangers") == 1
     save(tmp_path / "b", {name: one.bfloat16() for name, one in moved(model(0), 5, 0.4).items()})
     done = call("plan", str(path), "-o", str(tmp_path / "other"))
     assert "strangers" not in done.out and "KiB of weights were sampled" in done.out
