@@ -12,6 +12,7 @@ bytes that they do not. Composing accents (NFC) is let pass, since the text stay
 from __future__ import annotations
 
 import json
+import re
 import unicodedata
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -100,13 +101,14 @@ def tokenizer_of(backend: Any, roles: Mapping[str, int], *, where: str = "") -> 
     for token, number in vocabulary.items():
         tokens[number] = token
     added = backend.get_added_tokens_decoder()
-    special = {number for number, token in added.items() if token.special} | set(roles.values())
+    special = {number for number, token in added.items() if token.special and not _byte(token.content)}
+    special |= set(roles.values())
     spell = _spelling(json.loads(backend.to_str()))
     pieces = [
         None
         if token is None or number in special
         else token.encode()
-        if number in added and number not in special
+        if number in added and not _byte(token)
         else spell(token)
         for number, token in enumerate(tokens)
     ]
@@ -174,11 +176,16 @@ def _spelling(spec: Mapping[str, Any]) -> Any:
     suffix = model.get("end_of_word_suffix") or ""
 
     def spelled(token: str) -> bytes:
-        if fallback and len(token) == 6 and token.startswith("<0x") and token.endswith(">"):
+        if fallback and _byte(token):
             return bytes([int(token[3:5], 16)])
         return token.replace(SPACE, " ").removesuffix(suffix).encode()
 
     return spelled
+
+
+def _byte(token: str) -> bool:
+    """Whether a token is written as the number of a byte, which some vocabularies list as special."""
+    return re.fullmatch("<0x[0-9A-F]{2}>", token) is not None
 
 
 def _byte_level() -> dict[str, int]:
@@ -385,13 +392,16 @@ def _by_offsets(
     tokenizer: Tokenizer, text: str, offsets: Sequence[tuple[int, int]], ids: NDArray[np.int32]
 ) -> Integers:
     """Ends by the characters that the tokenizer says; of several tokens for one character all but the last end inside it."""
-    points = np.frombuffer(text.encode("utf-32-le"), dtype=np.uint32)
-    width = 1 + (points >= 0x80).astype(np.int64) + (points >= 0x800) + (points >= 0x10000)
-    table = np.concatenate([[0], np.cumsum(width)])
+    whole, points = text.encode(), np.frombuffer(text.encode("utf-32-le"), dtype=np.uint32)
+    sizes = 1 + (points >= 0x80).astype(np.int64) + (points >= 0x800) + (points >= 0x10000)
+    table = np.concatenate([[0], np.cumsum(sizes)])
     if not len(offsets):
         return np.zeros(0, dtype=np.int64)
-    ends: Integers = np.maximum.accumulate(table[np.array(offsets, dtype=np.int64)[:, 1]])
-    for index in np.flatnonzero(ends[:-1] == ends[1:]):
-        reached = ends[index - 1] if index else 0
-        ends[index] = max(reached, min(reached + int(tokenizer.widths[ids[index]]), ends[index] - 1))
+    spans = table[np.array(offsets, dtype=np.int64)]
+    ends: Integers = np.maximum.accumulate(spans[:, 1])
+    for index in np.flatnonzero(spans[1:, 0] < ends[:-1]):  # the next token begins before this one ends
+        reached = int(ends[index - 1]) if index else 0
+        piece = tokenizer.pieces[ids[index]] or b""
+        width = len(piece) - (piece[:1] == b" " and whole[reached : reached + 1] != b" ")  # a space that only it sees
+        ends[index] = max(reached, min(reached + width, ends[index] - 1))
     return ends
