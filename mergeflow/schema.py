@@ -18,7 +18,7 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, get_args
 
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
@@ -28,6 +28,7 @@ from pydantic_core import core_schema
 from mergeflow.errors import RecipeError
 from mergeflow.ops import Op, all_ops, op_named
 from mergeflow.ops.base import Space
+from mergeflow.ops.fuse import Fuse, Source
 from mergeflow.ops.statistics import StageOp, StatisticsOp, collector_of
 from mergeflow.recipe import (
     NAME,
@@ -51,9 +52,9 @@ SIZE = r"^\s*\d+(\.\d+)?\s*([kKMGT]i?)?B\s*$"
 
 Schema = dict[str, Any]
 
-_GRAMMAR = ("op", "base", "model", "emr", "data", "inputs", "rules", "layers", "rest")
+_GRAMMAR = ("op", "base", "model", "emr", "target", "data", "inputs", "sources", "rules", "layers", "rest")
 _WORDS = ("revision", "subfolder", "split", "text", "template", "messages", "features", "label")
-_LISTED = ("inputs", "layers")
+_LISTED = ("inputs", "layers", "sources")
 """The lists whose items are sections of the op's own."""
 _SAID = {"fisher_diag": {"estimator": "sampled"}}
 """What an op says in an example in place of a default that is not for every model."""
@@ -328,7 +329,7 @@ def _adapted(value: Any, called: Mapping[str, str]) -> Any:
     return found
 
 
-def _open_references(section: Schema, keys: Sequence[str] = ("model", "emr", "base")) -> None:
+def _open_references(section: Schema, keys: Sequence[str] = ("model", "emr", "base", "target")) -> None:
     """Let a node stand in place where a section names a model, or what goes with it."""
     for key in keys:
         own = section["properties"].get(key)
@@ -353,10 +354,10 @@ def _open_node(op: type[Op], section: Schema) -> None:
     if op.takes == "layers":
         given = properties["rest"]
         properties["rest"] = {"anyOf": [_ref("rest.stack"), _ref("node")], "description": given["description"]}
-    elif op.takes in ("inputs", "rules"):
+    elif op.takes in ("inputs", "rules", "sources"):
         key = op.takes
         alone = properties[key]["items"]
-        needs_more = set(op.input_keys) - set(op.optional_keys) or issubclass(op, StageOp)
+        needs_more = set(op.input_keys) - set(op.optional_keys) or (issubclass(op, StageOp) and key == "inputs")
         items = alone if needs_more else {"anyOf": [name, alone, _ref("node")]}
         bounds = {"minItems": op.fewest, **({"maxItems": op.most} if op.most is not None else {})}
         rest = {"contains": {"properties": {"match": False}}} if key == "rules" else {}
@@ -407,6 +408,7 @@ class _Parameter:
     default: Any
     description: str
     schema: Schema
+    parts: tuple[tuple[str, str], ...] = ()
 
 
 def _short(name: str, info: FieldInfo) -> str:
@@ -420,7 +422,8 @@ def ops_table(ops: Sequence[type[Op]] | None = None, *, markdown: bool = False) 
     """Each op (default: all there are): what it does, its formula and paper, its parameters with their defaults."""
     rows = []
     for op in tuple(ops or all_ops().values()):
-        rows.append((op, [_short(name, info) for name, info in op.model_fields.items()]))
+        own = {name: info for name, info in op.model_fields.items() if name not in _GRAMMAR}
+        rows.append((op, [_short(name, info) for name, info in own.items()]))
     if not markdown:
         width = max(len(op.name) for op, _ in rows)
         lines = []
@@ -491,7 +494,7 @@ def example(op: type[Op], parameters: Sequence[_Parameter] = ()) -> str:
             for name, of in zip(names, run * len(names) if op.keys_of_base else run, strict=False)
         ]
     collects = issubclass(op, StatisticsOp)
-    if collects:
+    if collects or op.takes == "sources":
         data = ["  texts: ./texts.jsonl"]
     elif issubclass(op, StageOp):
         data = [f"  {name}_data: ./{name}.jsonl" for name in names]
@@ -515,6 +518,8 @@ def example(op: type[Op], parameters: Sequence[_Parameter] = ()) -> str:
             lines.append("    data: texts")
     elif op.takes == "emr":
         lines.append("    emr: kept")
+    elif op.takes == "sources":
+        lines += ["    target: first", "    sources:", *(f"      - {item}" for item in items[1:]), "    data: texts"]
     elif op.takes == "rules":
         lines += ["    rules:", '      - {match: "*.self_attn.*", model: first}', "      - {model: second}"]
     elif op.takes == "layers":
@@ -528,8 +533,23 @@ def example(op: type[Op], parameters: Sequence[_Parameter] = ()) -> str:
         lines += ["    inputs:", *(f"      - {item}" for item in items)]
     values = [(one, _SAID.get(op.name, {}).get(one.name, _sample(one))) for one in parameters or _parameters(op)]
     given = [(f"    {one.name}: {_scalar(value)}", one.description) for one, value in values if value is not None]
+    if issubclass(op, Fuse):
+        given = _nested(op, op.defaults("causal_lm"))
     width = max((len(line) for line, _ in given), default=0)
     return "\n".join([*lines, *(f"{line:<{width}}  # {note}" for line, note in given)]) + "\n"
+
+
+def _nested(model: type[BaseModel], values: Mapping[str, Any], indent: str = "    ") -> list[tuple[str, str]]:
+    """A line for each value, and what it is, with settings that stand together under their key."""
+    lines = []
+    for name, value in values.items():
+        info = model.model_fields[name]
+        inner = info.annotation
+        if isinstance(value, Mapping) and isinstance(inner, type) and issubclass(inner, BaseModel):
+            lines += [(f"{indent}{name}:", info.description or ""), *_nested(inner, value, indent + "  ")]
+        else:
+            lines.append((f"{indent}{name}: {_scalar(value)}", info.description or ""))
+    return lines
 
 
 def _parameters(op: type[Op], sections: Mapping[str, Schema] | None = None) -> list[_Parameter]:
@@ -555,21 +575,32 @@ def _parameters(op: type[Op], sections: Mapping[str, Schema] | None = None) -> l
                 default=info.default if isinstance(info.default, BaseModel) else schema.get("default"),
                 description=info.description or "",
                 schema=value,
+                parts=_parts(info.annotation),
             )
         )
     return found
+
+
+def _parts(annotation: Any) -> tuple[tuple[str, str], ...]:
+    """The settings that stand together under one parameter: each with its default, and what it is."""
+    inner = [annotation, *get_args(annotation)]
+    section = next((one for one in inner if isinstance(one, type) and issubclass(one, BaseModel)), None)
+    fields = {} if section is None else section.model_fields
+    return tuple((_short(name, info), info.description or "") for name, info in fields.items())
 
 
 def _parameter_lines(parameters: Sequence[_Parameter]) -> list[str]:
     width = max(len(one.name) for one in parameters)
     lines = []
     for one in parameters:
-        notes = [one.words, "required" if one.required else f"default {_scalar(one.default)}"]
+        default = "what stands below" if isinstance(one.default, BaseModel) else _scalar(one.default)
+        notes = [one.words, "required" if one.required else f"default {default}"]
         if one.per_input:
             notes.append("of the node or of each input")
         if not one.setting:
             notes.append("one value for the whole model")
         lines += [f"  {one.name:<{width}}  {'; '.join(notes)}", f"  {'':<{width}}  {one.description}"]
+        lines += [f"  {'':<{width}}    {given}: {about}" for given, about in one.parts]
     if any(one.setting for one in parameters):
         over = "a list of rules {match: ..., value: ...}"
         if any(one.setting and _numeric(one.schema) for one in parameters):
@@ -599,6 +630,13 @@ def _takes(op: type[Op]) -> str:
             words += "; data: a name from `data:`"
     elif op.takes == "emr":
         words = "emr: a node with `op: emr`, or an artifact"
+    elif op.takes == "sources":
+        words = (
+            "target: a model or node; sources: 1 or more, names or {model: ..., "
+            + ", ".join(Source.model_fields)
+            + "}; "
+            "data: a name from `data:`"
+        )
     elif op.takes == "rules":
         words = "rules: a list of {match: ..., model: ...}, the last without match"
     elif op.takes == "layers":
