@@ -49,7 +49,9 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def run(here: Path, out: str = "out", *, nodes: Mapping[str, Any] | None = None, **changed: Any) -> pipeline.Result:
     """The fuse, with some of its keys changed, through a recipe on disk."""
-    names = [path.name for path in here.iterdir() if (path / "config.json").exists() and not path.name.startswith("out")]
+    names = [
+        path.name for path in here.iterdir() if (path / "config.json").exists() and not path.name.startswith("out")
+    ]
     made = write_recipe(
         here,
         {**(nodes or {}), "fused": {**FUSED, **changed}},
