@@ -7,24 +7,23 @@ import os
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from test_stages import mlp, rows, weights, write_recipe
-from toys import call, environment
+from toys import environment
 
 from mergeflow import pipeline
-from mergeflow.errors import InputError, MachineError, NumericError, RecipeError
+from mergeflow.errors import InputError, NumericError, RecipeError
 from mergeflow.ops.fuse import Fuse, Fusion, Loss, Source, Train
 from mergeflow.recipe import load_recipe
 from mergeflow.stages import models
 from mergeflow.stages.fuse import classifying, training
+from mergeflow.stages.fuse.shards import Shards
 
 FUSED: dict[str, Any] = {
     "op": "fuse",
@@ -198,21 +197,170 @@ def killed(here: Path, module: str, owner: str, name: str, count: int) -> None:
     assert done.returncode == -signal.SIGKILL, done.stderr.decode()
 
 
-@pytest.mark.parametrize("count", [1, 4, 9])
-def test_a_training_that_was_killed_ends_in_the_same_bytes(here: Path, count: int, tmp_path_factory: Any) -> None:
+def test_a_training_that_was_killed_goes_on_and_ends_in_the_same_bytes(
+    here: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ran: list[str]
+) -> None:
     run(here, "whole")
     wanted = (here / "whole/model.safetensors").read_bytes()
-    os.environ["MERGEFLOW_CACHE"] = str(tmp_path_factory.mktemp("other"))
-    killed(here, "training", "_State", "note", count)
+    monkeypatch.setenv("MERGEFLOW_CACHE", str(tmp_path / "other"))
+    killed(here, "training", "_State", "note", 4)
     assert not (here / "out").exists()
-    steps: list[int] = []
+    steps: list[float] = []
     note = training._State.note
-    training._State.note = lambda self, values: (steps.append(values["step"]), note(self, values))[1]  # type: ignore[method-assign]
-    try:
-        result = run(here, "out")
-    finally:
-        training._State.note = note  # type: ignore[method-assign]
+
+    def noted(self: training._State, values: Mapping[str, float]) -> None:
+        steps.append(values["step"])
+        if len(steps) == 6:
+            raise KeyboardInterrupt
+        note(self, values)
+
+    monkeypatch.setattr(training._State, "note", noted)
+    ran.clear()
+    with pytest.raises(KeyboardInterrupt):
+        run(here, "out")
+    result = run(here, "out")
+    assert ran == ["start", "start"], "what the sources gave was kept"
+    assert steps == [3, 4, 5, 6, 7, 8, *range(7, 13)], "it goes on from the last checkpoint"
     assert (here / "out/model.safetensors").read_bytes() == wanted
-    assert steps[0] == (count - 1) // 2 * 2 + 1, "it goes on from the last checkpoint"
     lines = (artifact(result) / training.METRICS).read_text().splitlines()
     assert [json.loads(line)["step"] for line in lines] == list(range(1, 13))
+
+
+def test_a_capture_that_was_killed_goes_on_and_a_torn_shard_is_not_believed(
+    here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(classifying, "EXAMPLES_A_SHARD", 16)
+    written: list[str] = []
+    write = Shards.write
+
+    def noted(self: Shards, name: str, tensors: Mapping[str, torch.Tensor]) -> None:
+        write(self, name, tensors)
+        written.append(name)
+        if len(written) == 3:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(Shards, "write", noted)
+    with pytest.raises(KeyboardInterrupt):
+        run(here)
+    (torn,) = (here / "cache/work").glob("*/made/logits-00001.safetensors")
+    torn.write_bytes(torn.read_bytes()[:-1] + b"x")
+    run(here)
+    assert sorted(written[3:5]) == ["logits-00001.safetensors", "logits-00003.safetensors"]
+    assert len(written) == 3 + 2 + 4, "the other source is whole"
+    torn_free = (here / "out/model.safetensors").read_bytes()
+    monkeypatch.setenv("MERGEFLOW_CACHE", str(here / "other"))
+    run(here, "again")
+    assert (here / "again/model.safetensors").read_bytes() == torn_free
+
+
+# What the sources say together
+
+
+def op(**fields: Any) -> Fuse:
+    made = Fuse(task="classification", **{"sources": (Source(), Source()), **fields})
+    made.check()
+    return made
+
+
+def test_the_teacher_is_the_weighted_mean_of_logits_or_probabilities() -> None:
+    draw = torch.Generator().manual_seed(0)
+    one, two = torch.randn(5, 4, generator=draw), torch.randn(5, 4, generator=draw)
+    loss = Loss(teacher_temperature=2.0)
+    weighted = (Source(weight=3.0), Source(weight=1.0))
+    found = classifying.teacher(op(sources=weighted, loss=loss), [one, two])
+    assert torch.allclose(found, ((0.75 * one + 0.25 * two) / 2).softmax(1), atol=1e-6)
+    mean = Fusion(average="probabilities")
+    found = classifying.teacher(op(sources=weighted, loss=loss, fusion=mean), [one, two])
+    assert torch.allclose(found, 0.75 * (one / 2).softmax(1) + 0.25 * (two / 2).softmax(1), atol=1e-6)
+
+
+def test_the_surest_source_is_taken_where_it_is_surer_than_the_start() -> None:
+    surest = Fusion(function="max_confidence")
+    source = torch.tensor([[4.0, 0.0], [0.5, 0.0], [1.0, 0.0]])
+    other = torch.tensor([[0.0, 1.0], [0.0, 0.6], [0.0, 0.5]])
+    start = torch.tensor([[0.0, 2.0], [0.0, 3.0], [1.0, 0.0]])
+    found = classifying.teacher(op(fusion=surest, include_self=True), [source, other, start])
+    assert torch.allclose(found, torch.stack([source[0], start[1], start[2]]).softmax(1))
+    found = classifying.teacher(op(fusion=surest), [source, other])
+    assert torch.allclose(found, torch.stack([source[0], other[1], source[2]]).softmax(1))
+
+
+# Training
+
+
+def test_a_step_of_several_parts_is_that_of_one(here: Path) -> None:
+    run(here, "whole", batch_size=16)
+    run(here, "parts", batch_size=4)
+    for name, one in weights(here / "whole").items():
+        assert torch.allclose(one, weights(here / "parts")[name], atol=1e-4), name
+
+
+def test_what_is_not_trainable_stays_bit_for_bit(here: Path) -> None:
+    run(here, train={**FUSED["train"], "trainable": "head.*"})
+    start = weights(here / "start")
+    changed = {name for name, one in weights(here / "out").items() if not torch.equal(one, start[name])}
+    assert changed == {"head.weight", "head.bias"}
+
+
+def test_bfloat16_products_train_float32_weights(here: Path) -> None:
+    run(here, "whole")
+    run(here, "half", train={**FUSED["train"], "precision": "bfloat16"})
+    whole, half = weights(here / "whole"), weights(here / "half")
+    assert all(one.dtype == torch.float32 for one in half.values())
+    apart = [(whole[name] - one).norm() / whole[name].norm() for name, one in half.items() if one.ndim == 2]
+    assert 0 < max(apart) < 0.05
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "linear", "constant"])
+def test_the_learning_rate_rises_and_falls_as_the_schedule_says(schedule: Any) -> None:
+    settings = Train(lr=1.0, warmup_ratio=0.1, schedule=schedule)
+    rates = [training.learning_rate(settings, number, 100) for number in range(100)]
+    assert rates[:10] == pytest.approx([(n + 1) / 10 for n in range(10)])
+    assert rates[10] == 1 and rates == [*rates[:10], *sorted(rates[10:], reverse=True)]
+    middle = {"cosine": 0.5, "linear": 0.5, "constant": 1.0}[schedule]
+    assert rates[55] == pytest.approx(middle)
+
+
+# What cannot be
+
+
+@pytest.mark.parametrize(
+    ("changed", "error", "words"),
+    [
+        ({"sources": ["start", "c"]}, RecipeError, "it has 4 labels, and the target 3"),
+        ({"sources": [{"model": "named", "label_map": {"x": "0"}}]}, RecipeError, "the source has no label 'x'"),
+        ({"sources": [{"model": "named", "label_map": {"cat": "7"}}]}, RecipeError, "the target has no label '7'"),
+        ({"sources": [{"model": "named", "label_map": {"cat": "0"}}]}, RecipeError, "no label of the source means '1'"),
+        ({"sources": ["named"], "target": "others"}, RecipeError, "its label 'cow' is none of the target's"),
+        ({"train": {"trainable": "haed.*"}}, RecipeError, "`trainable: haed.*` fits none of the target's tensors"),
+        ({"sources": ["broken"]}, NumericError, "source 1 gives NaN or Inf for 64 of 64 rows so far"),
+        ({"data": "empty"}, InputError, "has no row that can be used"),
+        ({"train": {**FUSED["train"], "lr": 1e30}}, NumericError, "is NaN or Inf at step"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_is_said(here: Path, changed: dict[str, Any], error: type[Exception], words: str) -> None:
+    mlp(here / "c", 4)
+    relabel(here / "c", num_labels=4)
+    relabel(mlp(here / "named", 4), id2label={"0": "cat", "1": "dog", "2": "cow"})
+    relabel(mlp(here / "others", 5), id2label={"0": "cat", "1": "dog", "2": "bird"})
+    broken = load_file(mlp(here / "broken", 6) / "model.safetensors")
+    save_file({**broken, "head.bias": broken["head.bias"] + torch.nan}, here / "broken/model.safetensors")
+    (here / "empty.jsonl").write_text("")
+    with pytest.raises(error) as raised:
+        run(here, **changed)
+    assert words in str(raised.value)
+    assert not (here / "out").exists()
+
+
+def relabel(folder: Path, **config: Any) -> None:
+    given = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**given, **config}))
+
+
+def test_labels_are_matched_by_name_or_by_the_map(here: Path) -> None:
+    for name, labels in {"a": ("cat", "dog", "cow"), "start": ("cow", "cat", "dog"), "b": ("c", "d", "k")}.items():
+        relabel(here / name, id2label=dict(enumerate(labels)))
+    target, one, two = (models.open_folder(here / name) for name in ("start", "a", "b"))
+    mapped = op(sources=(Source(), Source(label_map={"c": "cat", "d": "dog", "k": "cow"})))
+    assert classifying.columns(mapped, target, [one, two], 0) == [2, 0, 1]
+    assert classifying.columns(mapped, target, [one, two], 1) == [2, 0, 1]

@@ -466,7 +466,11 @@ def test_the_output_dtype_may_be_rules(tmp_path: Path) -> None:
         ("recipe: 1\nmodels: {a: ./a}\nmodels: {a: ./a}", "3:1: the key 'models' is here twice"),
         ("recipe: 1\nmodels: {a: ./a}\nartifacts: {a: ./x}", "'a' is a model already. Give the artifact another name."),
         ("recipe: 1\nmodels: {a: ./a}\nartifacts: {g: {path: x, only: y}}", "unknown key 'only'"),
-        ("recipe: 1\nmodels: {a: ./a}\nnodes: {g: {op: fuse, inputs: [a]}}", "the op 'fuse' cannot be used yet"),
+        (
+            "recipe: 1\nmodels: {a: ./a}\ndata: {d: ./d}\n"
+            "nodes: {g: {op: fuse, task: classification, target: a, sources: [b], data: d, pack: false}}",
+            "`pack` is of `task: causal_lm`",
+        ),
         ("recipe: 1\nmodels: {a: ./a}\nexpect: {g: x}", "`expect` cannot be used yet"),
         ("recipe: 1\nmodels: {a: ./a}\nnodes: {g: {op: gram, model: a, data: q}}", "there is no data 'q'"),
         ("recipe: 1\nmodels: {a: ./a}\nnodes: {g: {op: stack, layers: []}}", "`layers` cannot be []"),
