@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 from mergeflow import __version__
-from mergeflow.errors import MergeflowError, Problems, RecipeError, did_you_mean, printable, raise_all
+from mergeflow.errors import MachineError, MergeflowError, Problems, RecipeError, did_you_mean, printable, raise_all
 
 if TYPE_CHECKING:
     from mergeflow.recipe import Recipe
@@ -206,6 +206,46 @@ out_option = click.option(
 recipe_argument = click.argument("recipe", type=click.Path())
 
 
+summary_option = click.option(
+    "--summary", type=click.Path(), metavar="FILE", help="Append a summary in Markdown to FILE, for a CI's log."
+)
+scratch_option = click.option(
+    "--scratch", type=click.Path(), metavar="FOLDER", help="Where the merge is made for the while; default: here."
+)
+
+
+def append_summary(path: str | None, text: str) -> None:
+    """Add to the file of `--summary`, where it is given. Raises MachineError."""
+    if path is not None:
+        try:
+            with open(path, "a", encoding="utf-8") as file:
+                file.write(text)
+        except OSError as error:
+            raise MachineError(f"cannot be written: {error.strerror}", where=path) from None
+
+
+def how_options(function: F) -> F:
+    """How a merge is run, which changes nothing of the result: `--device`, `--memory`, `--threads`, `--io`."""
+    options = [
+        click.option(
+            "--device", default="cpu", show_default=True, metavar="cpu|cuda|cuda:N", help="Where blocks are computed."
+        ),
+        memory_option,
+        threads_option,
+        click.option(
+            "--io",
+            "reading",
+            type=click.Choice(["auto", "mmap", "pread"]),
+            default="auto",
+            show_default=True,
+            help="How inputs are read: mapped, or by call (safer where a disk may fail).",
+        ),
+    ]
+    for option in reversed(options):
+        function = option(function)
+    return function
+
+
 def data_options(function: F) -> F:
     """`--data`, any number of times, and how its rows are read; `data_sources` makes entries of them."""
     options = [
@@ -258,21 +298,10 @@ def path_of(model: str) -> str:
 @recipe_argument
 @out_option
 @settings_option
-@click.option(
-    "--device", default="cpu", show_default=True, metavar="cpu|cuda|cuda:N", help="Where blocks are computed."
-)
-@memory_option
-@threads_option
-@click.option(
-    "--io",
-    "reading",
-    type=click.Choice(["auto", "mmap", "pread"]),
-    default="auto",
-    show_default=True,
-    help="How inputs are read: mapped, or by call (safer where a disk may fail).",
-)
+@how_options
 @click.option("--force", is_flag=True, help="Replace a finished output of another plan.")
 @click.option("--fresh", is_flag=True, help="Forget what a killed run left.")
+@click.option("--locked", is_flag=True, help="Refuse inputs that are not those of the recipe's lock.")
 @json_option
 @click.option("-q", "--quiet", is_flag=True, help="No progress.")
 @click.option("-v", "--verbose", is_flag=True, help="Also say where the time went.")
@@ -286,6 +315,7 @@ def run(
     reading: Any,
     force: bool,
     fresh: bool,
+    locked: bool,
     as_json: bool,
     quiet: bool,
     verbose: bool,
@@ -301,6 +331,11 @@ def run(
     check_device(device)
     started = time.perf_counter()
     checked = recipe_of(recipe, settings)
+    how: dict[str, Any] = {}
+    if locked:
+        from mergeflow import locking
+
+        how["accept"] = locking.guard(checked, locking.lock_path(recipe), device)
     shown = _Progress(quiet)
     try:
         result = pipeline.run(
@@ -314,6 +349,7 @@ def run(
             fresh=fresh,
             progress=shown.update,
             planned=shown.planned,
+            **how,
         )
     finally:
         shown.close()
@@ -354,6 +390,7 @@ def run(
 @memory_option
 @threads_option
 @json_option
+@summary_option
 @click.option("--graph", type=click.Choice(["mermaid"]), help="Print the recipe's graph instead, as a picture in text.")
 def plan(
     recipe: str,
@@ -362,6 +399,7 @@ def plan(
     memory: int | None,
     threads: int | None,
     as_json: bool,
+    summary: str | None,
     graph: str | None,
 ) -> None:
     """Say what a run would do, from headers alone.
@@ -378,7 +416,93 @@ def plan(
     target = Path(out or checked.name)
     made, budget, free = pipeline.foresee(checked, target, memory=memory, threads=threads)
     data = reporting.plan_data(made, threads=budget.threads, peak=budget.peak, free=free)
+    append_summary(summary, reporting.plan_markdown(data))
     click.echo(json.dumps(data, indent=1) if as_json else reporting.plan_text(data, target))
+
+
+@commands.command()
+@recipe_argument
+@settings_option
+@how_options
+@scratch_option
+@json_option
+@click.option("-q", "--quiet", is_flag=True, help="No progress.")
+def lock(
+    recipe: str,
+    settings: tuple[str, ...],
+    scratch: str | None,
+    as_json: bool,
+    quiet: bool,
+    **how: Any,
+) -> None:
+    """Write down what RECIPE makes, for `check` and `run --locked`.
+
+    The merge is made once, in a folder that is deleted afterwards. RECIPE.lock then holds the revisions and digests of what went in,
+    and of each tensor that came out its digest and a fingerprint of some 500 bytes, by which a later drift is measured.
+    """
+    from mergeflow import locking
+
+    check_device(how["device"])
+    checked = recipe_of(recipe, settings)
+    shown = _Progress(quiet)
+    try:
+        with locking.making(checked, scratch=_folder(scratch), progress=shown.update, **how) as made:
+            locking.write_lock(made.lock, path := locking.lock_path(recipe))
+    finally:
+        shown.close()
+    data = {"path": str(path), "tensors": len(made.lock.tensors), "inputs": len(made.lock.inputs)}
+    click.echo(json.dumps(data, indent=1) if as_json else f"{path}: {data['tensors']} tensors locked")
+
+
+@commands.command()
+@recipe_argument
+@settings_option
+@click.option(
+    "--tolerance",
+    type=click.FloatRange(min=0),
+    metavar="DRIFT",
+    help="The most that a tensor may drift, ||new - old|| / ||old||, e.g. 1e-6; default: what `expect:` says, else nothing.",
+)
+@how_options
+@scratch_option
+@summary_option
+@json_option
+@click.option("-q", "--quiet", is_flag=True, help="No progress.")
+def check(
+    recipe: str,
+    settings: tuple[str, ...],
+    tolerance: float | None,
+    scratch: str | None,
+    summary: str | None,
+    as_json: bool,
+    quiet: bool,
+    **how: Any,
+) -> None:
+    """Make the merge of RECIPE in a scratch folder and hold it against RECIPE.lock and the recipe's `expect:`.
+
+    Exit 0 where every tensor is as it was locked, or has drifted no further than is allowed, and every expectation is met; exit 1
+    otherwise, with a table of what moved, the furthest first.
+    """
+    from mergeflow import locking
+
+    check_device(how["device"])
+    checked = recipe_of(recipe, settings)
+    lock = locking.read_lock(locking.lock_path(recipe))
+    shown = _Progress(quiet)
+    try:
+        found = locking.check(
+            checked, lock, tolerance=tolerance, scratch=_folder(scratch), progress=shown.update, **how
+        )
+    finally:
+        shown.close()
+    click.echo(json.dumps(locking.check_data(found), indent=1) if as_json else locking.check_text(found))
+    append_summary(summary, locking.check_markdown(found))
+    if not found.passed:
+        raise click.exceptions.Exit(1)
+
+
+def _folder(path: str | None) -> Path | None:
+    return None if path is None else Path(path)
 
 
 @commands.command()
@@ -635,8 +759,6 @@ def import_(config: str, out: str | None, force: bool) -> None:
 def check_device(device: str) -> None:
     """Raise MergeflowError for a device that is not there, before anything is planned."""
     import re
-
-    from mergeflow.errors import MachineError
 
     if not re.fullmatch(r"cpu|cuda(:\d+)?", device):
         raise RecipeError(f"there is no device '{device}'", where="--device", fix="Write cpu, cuda or cuda:1.")

@@ -56,7 +56,7 @@ from mergeflow.recipe import ArtifactSource, ModelSource, Recipe
 from mergeflow.writing import MANIFEST, Finished, Staging, finished_digest, free_bytes, refuse, repair
 
 if TYPE_CHECKING:
-    from mergeflow.executing import Reading, Report
+    from mergeflow.executing import Reading, Report, Sink
 
 LEAST_MEMORY = 64 * 2**20
 MANIFEST_FORMAT = 1
@@ -268,11 +268,15 @@ def run(
     fresh: bool = False,
     progress: Progress = lambda what, done, total: None,
     planned: Callable[[Plan], None] = lambda plan: None,
+    accept: Callable[[Mapping[str, Any]], None] = lambda inputs: None,
+    watch: Callable[[Plan, Sink], Sink] = lambda plan, sink: sink,
 ) -> Result:
     """Make the recipe's output at `out` (default: `./<name>`), going on where a killed run of the same plan stopped.
 
     `memory` is what mergeflow may allocate, in bytes (default: a quarter of the machine's); `force` replaces a finished
     output of another plan, `fresh` forgets what a killed run left. Nothing is left that looks finished unless it is.
+    `accept` is shown what was read, as the manifest has it (`inputs`), before anything is published, and refuses by an InputError;
+    `watch` may put something between the executor and the writer, which then sees every byte of every row.
     Raises any MergeflowError; on the first SIGINT or SIGTERM, Interrupted after the blocks in flight.
     """
     clock = _Clock()
@@ -285,6 +289,7 @@ def run(
     stamps = _stamps(made)
     clock.lap("plan")
     if not fresh and finished_digest(target) == made.digest:
+        accept(_recorded_inputs(target, next(iter(recipe.outputs))))
         return Result(target, made.digest, made=False, rows=len(made.rows), warnings=made.warnings, stages=told)
     _check_target(made, target, force)
     planned(made)
@@ -312,8 +317,9 @@ def run(
             try:
                 paths = _fetch(made, stop, progress)
                 clock.lap("fetch")
-                report = _fill(made, paths, staging, budget, device, reading, stop, progress)
+                report = _fill(made, paths, staging, watch, budget, device, reading, stop, progress)
                 _check_stamps(stamps)
+                finished = staging.finish()
                 clock.lap("rows")
             except (NumericError, RecipeError, InputError, Problems) as error:
                 # The same plan would end here again, and another one cannot go on from what it left; what a disk could
@@ -321,7 +327,12 @@ def run(
                 if not isinstance(error, InputError) or _changed(stamps):
                     staging.discard()
                 raise
-            finished = staging.finish()
+            inputs = _inputs(made, finished)
+            try:
+                accept(inputs)
+            except InputError:
+                staging.discard()
+                raise
             for file in made.side_files:
                 _write_side_file(staging, file, made.models)
             for key in recipe.outputs:
@@ -331,7 +342,7 @@ def run(
                     for file in made.side_files
                     if file.output == key and file.file not in (CARD, RECIPE)
                 }
-                staging.add(_below(key, MANIFEST), _manifest(made, finished, beside, key))
+                staging.add(_below(key, MANIFEST), _manifest(made, finished, inputs, beside, key))
             staging.publish()
             clock.lap("publish")
     return Result(
@@ -403,6 +414,7 @@ def _fill(
     made: Plan,
     paths: Mapping[tuple[str, str], Path],
     staging: Staging,
+    watch: Callable[[Plan, Sink], Sink],
     budget: Budget,
     device: str,
     reading: Reading,
@@ -416,7 +428,7 @@ def _fill(
     return execute(
         made,
         paths,
-        staging,
+        watch(made, staging),
         finished=staging.finished,
         device=device,
         threads=budget.threads,
@@ -624,8 +636,8 @@ def _write_side_file(staging: Staging, file: SideFile, models: Mapping[str, Chec
         staging.copy(target, models[file.model].folder.local([file.name])[file.name])
 
 
-def _manifest(made: Plan, finished: Mapping[int, Finished], beside: Mapping[str, Path], key: str) -> bytes:
-    """What was made, from what, with digests; the same bytes for the same plan on the same software."""
+def _inputs(made: Plan, finished: Mapping[int, Finished]) -> dict[str, Any]:
+    """What was read, by the recipe's names: files with their stamps, and the digest of each tensor."""
     inputs: dict[str, Any] = {}
     for name, checkpoint in made.models.items():
         inputs[name] = {
@@ -649,6 +661,28 @@ def _manifest(made: Plan, finished: Mapping[int, Finished], beside: Mapping[str,
         for tensor, digest in row.inputs.items():
             model, _, stored = tensor.partition("/")
             inputs[model]["tensors"][stored] = digest
+    return inputs
+
+
+def _recorded_inputs(target: Path, key: str) -> dict[str, Any]:
+    """What a finished output says it was made of."""
+    try:
+        found = json.loads((target / _below(key, MANIFEST)).read_bytes())["inputs"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(
+            f"its manifest cannot be read ({error})", where=str(target), fix="Make it again with --force."
+        ) from None
+    return dict(found)
+
+
+def _manifest(
+    made: Plan,
+    finished: Mapping[int, Finished],
+    inputs: Mapping[str, Any],
+    beside: Mapping[str, Path],
+    key: str,
+) -> bytes:
+    """What was made, from what, with digests; the same bytes for the same plan on the same software."""
     tensors = {
         row.name: {
             "file": made.shards[row.shard].file,

@@ -129,6 +129,37 @@ def plan_text(data: Mapping[str, Any], out: Path) -> str:
     return printable("\n".join(lines))
 
 
+def plan_markdown(data: Mapping[str, Any]) -> str:
+    """A plan for a CI's summary or a comment on a pull request: what it reads, runs and makes, and what is wrong with it."""
+    lines = [
+        f"### Plan of {markdown_cell(data['name'])}",
+        "",
+        f"{len(data['rows'])} tensors: {size_text(data['bytes_read'])} read, {size_text(data['bytes_out'])} written, "
+        f"{size_text(data['peak_memory'])} of memory at most",
+        "",
+        "| reads | size | from |",
+        "| --- | ---: | --- |",
+    ]
+    for name, model in data["models"].items():
+        source = f"{model['source']}@{model['revision']}" if model["revision"] else model["source"]
+        lines.append(f"| `{markdown_cell(name)}` | {size_text(model['bytes'])} | `{markdown_cell(source)}` |")
+    for stage in data["stages"]:
+        on = f" on `{markdown_cell(stage['data'])}`" if stage["data"] else ""
+        done = "in the cache" if stage["done"] else "runs"
+        lines.append(
+            f"| `{markdown_cell(stage['node'])}` | {done} | `{stage['op']}` of `{markdown_cell(stage['model'])}`{on} |"
+        )
+    lines += [""] * bool(data["warnings"] or data["notes"])
+    lines += [f"- ⚠️ {markdown_cell(warning)}" for warning in data["warnings"]]
+    lines += [f"- {markdown_cell(note)}" for note in data["notes"]]
+    return "\n".join(lines) + "\n\n"
+
+
+def markdown_cell(text: str) -> str:
+    """Text that can stand in a cell of a table, in code style or not: it ends neither and starts no line of its own."""
+    return printable(text).replace("\n", " ").replace("|", "\\|").replace("`", "'").replace("<", "&lt;")
+
+
 def _adapter_text(facts: Mapping[str, Any] | None) -> str:
     """What an adapter is, after its source."""
     if facts is None:

@@ -28,13 +28,14 @@ from pydantic_core import core_schema
 from mergeflow.errors import RecipeError
 from mergeflow.ops import Op, all_ops, op_named
 from mergeflow.ops.base import Space
-from mergeflow.ops.fuse import Fuse, Source
+from mergeflow.ops.fuse import Source
 from mergeflow.ops.statistics import StageOp, StatisticsOp, collector_of
 from mergeflow.recipe import (
     NAME,
     RECIPE_NAME,
     ArtifactSource,
     DataSource,
+    ExpectSection,
     ModelSource,
     OthersModel,
     OutputSection,
@@ -140,6 +141,10 @@ def recipe_schema(ops: Iterable[type[Op]] | None = None) -> Schema:
             "additionalProperties": output,
             "description": "Several outputs of one run, each in a folder of this name; in place of `output`.",
         },
+        "expect": {
+            "anyOf": [_ref("expect"), {"type": "null"}],
+            "description": "What `mergeflow check` holds the result against, beside the lock.",
+        },
     }
     return {
         "$schema": DIALECT,
@@ -237,6 +242,7 @@ def _definitions(ops: Sequence[type[Op]]) -> dict[str, Schema]:
         ArtifactSource: "artifact",
         DataSource: "data",
         OutputSection: "output",
+        ExpectSection: "expect",
         OthersModel: "others.model",
         SelectRule: "rule.select",
         StackRest: "rest.stack",
@@ -282,7 +288,7 @@ def _definitions(ops: Sequence[type[Op]]) -> dict[str, Schema]:
         "required": ["op"],
         "oneOf": [_ref(f"node.{op.name}") for op in ops],
     }
-    ordered = {name: sections[name] for name in ("model", "artifact", "data", "output")} | {
+    ordered = {name: sections[name] for name in ("model", "artifact", "data", "output", "expect")} | {
         "node": node,
         "reference": reference,
     }
@@ -472,6 +478,8 @@ def example(op: type[Op], parameters: Sequence[_Parameter] = ()) -> str:
     """A small complete recipe with the op and each of its parameters, which may be given if they are known."""
     count = min(max(op.fewest, 2), op.most or 2)
     names = ["first", "second", "third", *(f"model_{i}" for i in range(4, count + 1))][:count]
+    if op.takes == "sources":
+        names = ["start", "expert"]
     pair = op.takes in ("rules", "layers", "emr")
     models = [*(["base"] if op.needs_base else []), *(["first", "second"] if pair else names)]
     deltas = getattr(op, "deltas_only", False)
@@ -519,7 +527,8 @@ def example(op: type[Op], parameters: Sequence[_Parameter] = ()) -> str:
     elif op.takes == "emr":
         lines.append("    emr: kept")
     elif op.takes == "sources":
-        lines += ["    target: first", "    sources:", *(f"      - {item}" for item in items[1:]), "    data: texts"]
+        target, *sources = items
+        lines += [f"    target: {target}", "    sources:", *(f"      - {item}" for item in sources), "    data: texts"]
     elif op.takes == "rules":
         lines += ["    rules:", '      - {match: "*.self_attn.*", model: first}', "      - {model: second}"]
     elif op.takes == "layers":
@@ -532,23 +541,19 @@ def example(op: type[Op], parameters: Sequence[_Parameter] = ()) -> str:
     else:
         lines += ["    inputs:", *(f"      - {item}" for item in items)]
     values = [(one, _SAID.get(op.name, {}).get(one.name, _sample(one))) for one in parameters or _parameters(op)]
-    given = [(f"    {one.name}: {_scalar(value)}", one.description) for one, value in values if value is not None]
-    if issubclass(op, Fuse):
-        given = _nested(op, op.defaults("causal_lm"))
+    given = [line for one, value in values if value is not None for line in _lines(one.name, value, one.description)]
     width = max((len(line) for line, _ in given), default=0)
     return "\n".join([*lines, *(f"{line:<{width}}  # {note}" for line, note in given)]) + "\n"
 
 
-def _nested(model: type[BaseModel], values: Mapping[str, Any], indent: str = "    ") -> list[tuple[str, str]]:
-    """A line for each value, and what it is, with settings that stand together under their key."""
-    lines = []
-    for name, value in values.items():
-        info = model.model_fields[name]
-        inner = info.annotation
-        if isinstance(value, Mapping) and isinstance(inner, type) and issubclass(inner, BaseModel):
-            lines += [(f"{indent}{name}:", info.description or ""), *_nested(inner, value, indent + "  ")]
-        else:
-            lines.append((f"{indent}{name}: {_scalar(value)}", info.description or ""))
+def _lines(name: str, value: Any, about: str, indent: str = "    ") -> list[tuple[str, str]]:
+    """A parameter as a recipe writes it, each line with what it is: settings that stand together below their name."""
+    if not isinstance(value, BaseModel):
+        return [(f"{indent}{name}: {_scalar(value)}", about)]
+    lines = [(f"{indent}{name}:", about)]
+    for key, info in type(value).model_fields.items():
+        if getattr(value, key) is not None:
+            lines += _lines(key, getattr(value, key), info.description or "", indent + "  ")
     return lines
 
 
@@ -710,6 +715,8 @@ def _sample(parameter: _Parameter) -> Any:
     if not parameter.required:
         return parameter.default
     schema = parameter.schema["anyOf"][0] if "anyOf" in parameter.schema else parameter.schema
+    if "const" in schema:
+        return schema["const"]
     if "enum" in schema:
         return "bfloat16" if "bfloat16" in schema["enum"] else schema["enum"][0]
     kind = _kind(schema)

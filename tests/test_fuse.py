@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,12 +18,12 @@ from safetensors.torch import load_file, save_file
 from test_stages import mlp, rows, weights, write_recipe
 from toys import environment
 
-from mergeflow import pipeline
-from mergeflow.errors import InputError, NumericError, RecipeError
+from mergeflow import pipeline, preparing
+from mergeflow.errors import InputError, MachineError, NumericError, RecipeError
 from mergeflow.ops.fuse import Fuse, Fusion, Loss, Source, Train
 from mergeflow.recipe import load_recipe
 from mergeflow.stages import models
-from mergeflow.stages.fuse import classifying, training
+from mergeflow.stages.fuse import classifying, running, training
 from mergeflow.stages.fuse.shards import Shards
 
 FUSED: dict[str, Any] = {
@@ -334,7 +335,7 @@ def test_the_learning_rate_rises_and_falls_as_the_schedule_says(schedule: Any) -
         ({"sources": ["named"], "target": "others"}, RecipeError, "its label 'cow' is none of the target's"),
         ({"train": {"trainable": "haed.*"}}, RecipeError, "`trainable: haed.*` fits none of the target's tensors"),
         ({"sources": ["broken"]}, NumericError, "source 1 gives NaN or Inf for 64 of 64 rows so far"),
-        ({"data": "empty"}, InputError, "has no row that can be used"),
+        ({"data": "more"}, InputError, "has no row that can be used"),
         ({"train": {**FUSED["train"], "lr": 1e30}}, NumericError, "is NaN or Inf at step"),
     ],
 )  # fmt: skip
@@ -345,7 +346,7 @@ def test_what_cannot_be_is_said(here: Path, changed: dict[str, Any], error: type
     relabel(mlp(here / "others", 5), id2label={"0": "cat", "1": "dog", "2": "bird"})
     broken = load_file(mlp(here / "broken", 6) / "model.safetensors")
     save_file({**broken, "head.bias": broken["head.bias"] + torch.nan}, here / "broken/model.safetensors")
-    (here / "empty.jsonl").write_text("")
+    (here / "more.jsonl").write_text("")
     with pytest.raises(error) as raised:
         run(here, **changed)
     assert words in str(raised.value)
@@ -364,3 +365,44 @@ def test_labels_are_matched_by_name_or_by_the_map(here: Path) -> None:
     mapped = op(sources=(Source(), Source(label_map={"c": "cat", "d": "dog", "k": "cow"})))
     assert classifying.columns(mapped, target, [one, two], 0) == [2, 0, 1]
     assert classifying.columns(mapped, target, [one, two], 1) == [2, 0, 1]
+
+
+def test_too_little_memory_is_said_with_the_numbers(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(running, "elements", lambda folder: 10**12)
+    with pytest.raises(MachineError, match=r"training takes 16,000,000,000,000 bytes beside activations, and may take"):
+        run(here)
+
+
+def test_a_disk_that_would_fill_is_said_with_the_numbers(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(preparing, "free_bytes", lambda path: 100)
+    with pytest.raises(MachineError, match=r"the logits of source 1 take 768 bytes, and the cache's disk has 100 free"):
+        run(here)
+
+
+# Classes of transformers
+
+
+def test_images_teach_a_model_of_another_size(here: Path) -> None:
+    from transformers import ViTConfig, ViTForImageClassification
+
+    draw = torch.Generator().manual_seed(0)
+    for name, size in (("a", 16), ("start", 8)):
+        torch.manual_seed(size)
+        shape = {"image_size": 8, "patch_size": 4, "num_channels": 1, "num_labels": 3}
+        layers = {"hidden_size": size, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+        model = ViTForImageClassification(ViTConfig(**shape, **layers, hidden_dropout_prob=0.1))  # type: ignore[arg-type]
+        with torch.no_grad():
+            model.classifier.weight.mul_(30)
+        shutil.rmtree(here / name)
+        model.save_pretrained(here / name)
+    pixels = torch.rand(32, 1, 8, 8, generator=draw)
+    lines = [json.dumps({"features": one}) + "\n" for one in pixels.tolist()]
+    (here / "rows.jsonl").write_text("".join(lines))
+    run(here, sources=["a"], train={**FUSED["train"], "epochs": 10})
+    with torch.no_grad():
+        teacher, before, after = (
+            ViTForImageClassification.from_pretrained(here / name).eval()(pixels).logits
+            for name in ("a", "start", "out")
+        )
+    assert divergence(teacher, after) < 0.7 * divergence(teacher, before)
+    assert json.loads((here / "out/config.json").read_text())["hidden_size"] == 8

@@ -10,12 +10,13 @@ import pytest
 ROOT = pathlib.Path(__file__).parent.parent / "mergeflow"
 
 FLOORS: dict[int, str] = {
-    9: "__main__",
-    8: "cli testing",
+    10: "__main__",
+    9: "cli testing",
+    8: "locking",
     7: "pipeline",
     6: "inspecting schema reporting importing preparing evaluating",
     5: "executing writing publishing stages",
-    4: "planning restacking",
+    4: "planning restacking fingerprints",
     3: "recipe graph layout",
     2: "ops checkpoint document cache",
     1: "settings hub digests",

@@ -147,6 +147,8 @@ class Op(BaseModel, ABC):
     """Whether the op acts on tensors of two axes alone; a node's `others` says where the rest comes from."""
     temporaries: ClassVar[int] = 8
     """Blocks that the op may hold beyond its inputs, for the estimate of memory."""
+    version: ClassVar[int] = 1
+    """Goes up whenever the op's numbers change: locks record it, and no artifact of before is taken for one of after."""
     portable: ClassVar[bool] = True
     """Same bytes on any x86-64 with AVX2 or better; otherwise on the same processor only."""
     shows_non_finite: ClassVar[bool] = True

@@ -34,9 +34,6 @@ class StageOp(Op):
     """An op that runs models on data before any tensor is merged; its result lies in the cache."""
 
     portable = False
-
-    version: ClassVar[int] = 1
-    """Goes up whenever the numbers change, so that no artifact of before is taken for one of after."""
     needs_data: ClassVar[bool] = True
     """Whether each model must have an entry of `data:` beside it."""
     seeded: ClassVar[bool] = True

@@ -17,6 +17,7 @@ from mergeflow.recipe.grammar import (
     RECIPE_NAME,
     ArtifactSource,
     DataSource,
+    ExpectSection,
     ModelSource,
     OthersModel,
     OutputSection,
@@ -33,6 +34,7 @@ __all__ = [
     "RECIPE_NAME",
     "ArtifactSource",
     "DataSource",
+    "ExpectSection",
     "Input",
     "ModelSource",
     "Node",
@@ -70,6 +72,8 @@ class Recipe:
     """By key; one `output:` has the key ''."""
     resolved: Mapping[str, Any]
     """The recipe's data with variables put in: what makes the result, and what the output carries."""
+    expect: ExpectSection
+    """What `mergeflow check` holds the result against; it is no part of what is made."""
     folder: Path
     """What local paths are relative to."""
 
@@ -82,7 +86,7 @@ class Recipe:
         self.name, self.description, self.seed = parts.name, parts.description, parts.seed
         self.models, self.artifacts, self.data = parts.models, parts.artifacts, parts.data
         self.nodes, self.outputs = parts.nodes, parts.outputs
-        self.resolved = parts.resolved
+        self.resolved, self.expect = parts.resolved, parts.expect
 
     def __repr__(self) -> str:
         return f"Recipe(name={self.name!r}, models={list(self.models)}, nodes={list(self.nodes)}, outputs={list(self.outputs)})"

@@ -18,7 +18,7 @@ from mergeflow.errors import RecipeError
 from mergeflow.ops import Op
 from mergeflow.ops.fuse import Source
 from mergeflow.ops.statistics import StageOp, collector_of
-from mergeflow.settings import Count, FloatName, Patterns, setting_of
+from mergeflow.settings import Count, Flag, FloatName, NonNegative, Number, Patterns, setting_of
 
 NAME = r"^[A-Za-z_][A-Za-z0-9_-]*$"
 RECIPE_NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,95}$"
@@ -243,6 +243,27 @@ class OutputSection(_Section):
     non_finite: Literal["error", "keep"] = Field(
         default="error", description="NaN or Inf in an input or the result: error, or keep it."
     )
+
+
+class ExpectedMeasure(_Section):
+    """A measure of the result on data, and the bounds it must keep, as `mergeflow eval` measures it."""
+
+    data: Text = Field(min_length=1, description="What it is measured on: a name from `data:`.")
+    metric: Literal["accuracy", "macro_f1", "bits_per_byte", "perplexity"] = Field(description="What is measured.")
+    min: Number | None = Field(default=None, description="The least that is good.")
+    max: Number | None = Field(default=None, description="The most that is good.")
+    output: Text | None = Field(default=None, description="Which of several outputs: its name under `outputs:`.")
+
+
+class ExpectSection(_Section):
+    """What `mergeflow check` holds the result against, beside the lock; it changes nothing of what is made."""
+
+    finite: Flag = Field(default=False, description="No tensor may hold NaN or Inf.")
+    drift: setting_of(NonNegative) | None = Field(  # type: ignore[valid-type]
+        default=None,
+        description="The most that a tensor may differ from the locked one: ||new - old|| / ||old||; a value or rules.",
+    )
+    eval: tuple[ExpectedMeasure, ...] = Field(default=(), description="Measures of the result, with their bounds.")
 
 
 _DATA: Any = (Text, Field(min_length=1, description="What it is run on: a name from `data:`."))

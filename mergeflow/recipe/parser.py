@@ -26,6 +26,7 @@ from mergeflow.recipe.grammar import (
     RECIPE_NAME,
     ArtifactSource,
     DataSource,
+    ExpectSection,
     ModelSource,
     OthersModel,
     OutputSection,
@@ -40,10 +41,6 @@ DEEPEST = 200
 
 MOST_PROBLEMS = 100
 
-LATER = {
-    "expect": "Checks on the result come with a later version of mergeflow.",
-}
-"""Keys of the format whose time has not come: refused with a sentence, never ignored."""
 
 MERGEKIT_WORDS = {
     "merge_method": "Write `op:` on a node under `nodes:`; `mergeflow import` brings a whole file over.",
@@ -60,7 +57,22 @@ MERGEKIT_WORDS = {
     "sources": "Write `inputs:` on the node.",
 }
 
-TOP = ("recipe", "name", "description", "seed", "vars", "models", "artifacts", "data", "nodes", "output", "outputs")
+TOP = (
+    "recipe",
+    "name",
+    "description",
+    "seed",
+    "vars",
+    "models",
+    "artifacts",
+    "data",
+    "nodes",
+    "output",
+    "outputs",
+    "expect",
+)
+NOT_MADE = ("recipe", "name", "vars", "expect")
+"""Keys that are no part of what is made, or have another form there."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,7 +159,10 @@ class Output:
 
 @dataclass(frozen=True, slots=True)
 class Parts:
-    """What a recipe says, checked. `resolved` is its data with variables put in, and nothing that does not count."""
+    """What a recipe says, checked. `resolved` is its data with variables put in, and nothing that does not count.
+
+    `expect` is what the result is held against, and makes nothing.
+    """
 
     name: str
     description: str
@@ -158,6 +173,7 @@ class Parts:
     nodes: Mapping[str, Node]
     outputs: Mapping[str, Output]
     resolved: Mapping[str, Any]
+    expect: ExpectSection
 
 
 def parse(document: Document, settings: Mapping[str, Any], default_name: str) -> Parts:
@@ -231,9 +247,10 @@ class _Parser:
         self.read_data(data.get("data") or {})
         self.read_nodes(data.get("nodes") or {})
         outputs = self.outputs(data)
-        if self.errors:
+        expect = self.expect(data.get("expect") or {}, outputs)
+        if self.errors or expect is None:
             return None
-        own = {k: v for k, v in data.items() if k not in ("recipe", "name", "vars") and not k.startswith("x-")}
+        own = {k: v for k, v in data.items() if k not in NOT_MADE and not k.startswith("x-")}
         return Parts(
             name=name,
             description=data.get("description") or "",
@@ -244,14 +261,13 @@ class _Parser:
             nodes=self.nodes,
             outputs=outputs,
             resolved={"recipe": 1, "name": name, **_escaped(own)},
+            expect=expect,
         )
 
     # The top level
 
     def check_keys(self, data: Mapping[str, Any]) -> None:
         for key in data:
-            if key in LATER and isinstance(data[key], dict):
-                self.later |= data[key].keys()
             if key in OutputSection.model_fields and key not in MERGEKIT_WORDS:
                 self.problem(f"`{key}` stands under `output:`", (key,), f"Write `output: {{{key}: ...}}`.", key=True)
             elif key not in TOP and not key.startswith("x-"):
@@ -276,6 +292,7 @@ class _Parser:
             ("nodes", dict, "a mapping of names to ops"),
             ("output", dict, "a mapping, e.g. {dtype: bfloat16}"),
             ("outputs", dict, "a mapping of names to outputs"),
+            ("expect", dict, "a mapping, e.g. {finite: true}"),
             ("description", str, "text"),
             ("seed", int, "a whole number"),
         ):
@@ -287,9 +304,7 @@ class _Parser:
             self.problem("`seed` is negative or too large", ("seed",), "It lies between 0 and 2^63 - 1.")
 
     def unknown_key(self, key: str, known: Sequence[str], path: Path) -> None:
-        if key in LATER:
-            self.problem(f"`{key}` cannot be used yet", path, LATER[key], key=True)
-        elif key == "adapter":
+        if key == "adapter":
             fix = "Write `models: {NAME: {adapter: ./folder}}`, and NAME here."
             self.problem("`adapter` stands under `models:`", path, fix, key=True)
         elif key in MERGEKIT_WORDS:
@@ -707,7 +722,7 @@ class _Parser:
             fields[name] = Each(each) if any(one is not None for one in own) else whole
         if op_class.takes == "sources":
             fields["sources"] = tuple(Source(**one.model_dump(exclude={"model"}, exclude_unset=True)) for one in items)
-        op = op_class.model_construct(_fields_set=fields.keys() & section.model_fields_set, **fields)
+        op = op_class.model_construct(**fields)
         wrong = list(op.problems()) if isinstance(op, Fuse) else []
         for where, what, fix in wrong:
             self.problem(what, (*path, *where), fix)
@@ -790,6 +805,24 @@ class _Parser:
             return None
         fields = {name: getattr(section, name) for name in OutputSection.model_fields}
         return Output(key=key, path=path, **{**fields, "node": node})
+
+    def expect(self, given: Mapping[str, Any], outputs: Mapping[str, Output]) -> ExpectSection | None:
+        """What the result is held against; its data and outputs must be there, and each measure has a bound."""
+        found: ExpectSection | None = self.checked(ExpectSection, given, ("expect",))
+        for index, one in enumerate(found.eval if found else ()):
+            path: Path = ("expect", "eval", index)
+            self.check_data(one.data, path)
+            if one.min is None and one.max is None:
+                self.problem("the measure has no bound", path, "Add `min:` or `max:`.")
+            elif one.min is not None and one.max is not None and one.min > one.max:
+                self.problem("no value can keep these bounds: `min` is more than `max`", path)
+            if one.output is None and len(outputs) > 1:
+                self.problem(
+                    "which output? The recipe has several", path, f"Add `output:`, one of {', '.join(outputs)}."
+                )
+            elif one.output is not None and not self.errors:
+                self.check_known(one.output, [key for key in outputs if key], (*path, "output"), "output")
+        return found
 
     def default_node(self, path: Path) -> str | None:
         """The one node that no other node uses, or the one model of a recipe without nodes."""

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mergeflow.errors import InputError, NumericError, RecipeError, did_you_mean
+from mergeflow.errors import InputError, MachineError, NumericError, RecipeError, did_you_mean
 from mergeflow.ops.fuse import Fuse
 from mergeflow.stages import collecting, data, models
 from mergeflow.stages.fuse.job import VERSION, FuseJob
@@ -109,7 +109,7 @@ def captured(job: FuseJob, index: int, folder: models.Folder, digest: str) -> Ca
     """The logits of a source (-1: of the start), from the cache, or by running it."""
     import torch
 
-    op = job.op.ready
+    op = job.op
     dtype = op.sources[index].dtype if index >= 0 else "float32"
     parts = {
         "fuse": "logits",
@@ -138,6 +138,12 @@ def _capture(job: FuseJob, folder: models.Folder, dtype: str, what: str, path: P
     import torch
 
     examples = read(job, folder)
+    needed, free = len(examples.examples) * folder.n_labels * 4, job.free()
+    if needed > free:
+        raise MachineError(
+            f"the logits of {what} take {needed:,} bytes, and the cache's disk has {free:,} free",
+            fix="Make room, or set MERGEFLOW_CACHE to a folder on another disk.",
+        )
     shards = Shards(path)
     model: nn.Module | None = None
     dropped = 0
@@ -200,7 +206,6 @@ def teacher(op: Fuse, given: Sequence[Tensor]) -> Tensor:
     """
     import torch
 
-    op = op.ready
     temperature = op.loss.teacher_temperature
     stacked = torch.stack(list(given)).double()
     if op.fusion.function == "max_confidence":
@@ -222,12 +227,12 @@ class Classes(Lessons):
 
     def __init__(self, op: Fuse, examples: data.Examples, rows: Sequence[data.Example], said: Tensor, seed: int,
                  device: str) -> None:  # fmt: skip
-        self.op, self.examples, self.rows, self.said = op.ready, examples, rows, said
+        self.op, self.examples, self.rows, self.said = op, examples, rows, said
         self.seed, self.device = seed, device
 
     def epoch(self, number: int) -> Sequence[Step]:
         """Steps of `train.batch_size` rows in parts of `batch_size`."""
-        size = self.op.train.batch_size or 1
+        size = self.op.train.batch_size
         shuffled = order(len(self.rows), self.seed, number)
         steps = []
         for start in range(0, len(shuffled), size):
@@ -251,7 +256,7 @@ def lessons(job: FuseJob, target: models.Folder, sources: Sequence[models.Folder
     """Run what has not been run, and make lessons of it. Raises InputError where no row is left."""
     import torch
 
-    op = job.op.ready
+    op = job.op
     examples = read(job, target)
     given: list[Captured] = []
     for index, _, digest in job.teachers:

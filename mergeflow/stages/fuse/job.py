@@ -55,4 +55,4 @@ class FuseJob:
     def teachers(self) -> tuple[tuple[int, Path, str], ...]:
         """The sources and, where it is one, the start: the position among the op's sources, folder and digest of each."""
         found = [(index, path, self.digests[index + 1]) for index, path in enumerate(self.sources)]
-        return (*found, *([(-1, self.target, self.digests[0])] if self.op.ready.include_self else []))
+        return (*found, *([(-1, self.target, self.digests[0])] if self.op.include_self else []))

@@ -29,7 +29,7 @@ def run(job: FuseJob) -> None:
     """
     import torch
 
-    op = job.op.ready
+    op = job.op
     target = models.open_folder(job.target)
     sources = [models.open_folder(path) for path in job.sources]
     check(job.op, target, sources)
@@ -73,7 +73,7 @@ def needed_memory(op: Fuse, target: models.Folder, sources: Sequence[models.Fold
 
 
 def _check_memory(job: FuseJob, target: models.Folder, sources: Sequence[models.Folder]) -> None:
-    needed = needed_memory(job.op.ready, target, sources)
+    needed = needed_memory(job.op, target, sources)
     if job.device == "cpu" and needed > job.memory:
         raise MachineError(
             f"training takes {needed:,} bytes beside activations, and may take {job.memory:,}",
