@@ -482,8 +482,8 @@ def test_a_wrong_top_level_is_told_what_is_wrong(tmp_path: Path, text: str, what
     assert len(lines) == 1 + ("adapter: x" in text), lines
 
 
-def test_what_cannot_be_used_yet_is_said_once(tmp_path: Path) -> None:
-    text = HEAD + "nodes: {g: {op: fuse, target: a}, m: {op: linear, inputs: [a, g]}}"
+def test_an_op_that_is_not_known_is_said_once(tmp_path: Path) -> None:
+    text = HEAD + "nodes: {g: {op: fsue, target: a}, m: {op: linear, inputs: [a, g]}}"
     assert len(problems(tmp_path, text)) == 1
 
 
