@@ -69,7 +69,9 @@ def pieces(text: str, longest: int = 1000) -> Iterator[str]:
 
 def parts() -> dict[tuple[str, str], list[str]]:
     """The pieces of each part and domain."""
-    found: dict[tuple[str, str], list[str]] = {(part, domain): [] for part in ("teacher", *LONGEST) for domain in DOMAINS}
+    found: dict[tuple[str, str], list[str]] = {
+        (part, domain): [] for part in ("teacher", *LONGEST) for domain in DOMAINS
+    }
     for name, code, prose in modules():
         draw = hashlib.blake2b(name.encode(), digest_size=4).digest()[0]
         part = "teacher" if draw < 150 else "base" if draw < 190 else "fuse" if draw < 220 else "test"
@@ -158,7 +160,9 @@ def main() -> None:
     """Read the command line and make what is asked for."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", nargs="?", type=Path, default=Path(__file__).parent / "work")
-    parser.add_argument("--steps", type=int, help="training steps of each model; default: 600 for a teacher, 150 for the base")
+    parser.add_argument(
+        "--steps", type=int, help="training steps of each model; default: 600 for a teacher, 150 for the base"
+    )
     options = parser.parse_args()
     prepare(options.folder, STEPS if options.steps is None else dict.fromkeys(STEPS, options.steps))
 
