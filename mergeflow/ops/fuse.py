@@ -266,7 +266,7 @@ class Fuse(StageOp):
                 for name in names:
                     if name in one.model_fields_set:
                         at = (part, name) if index is None else (part, str(index), name)
-                        yield at, f"says nothing for `task: {self.task}`", "Leave it out."
+                        yield at, f"`{name}` says nothing for `task: {self.task}`", "Leave it out."
         allowed = ("min", "max", "avg", "avg_fusellm", "static") if language else ("avg", "max_confidence")
         if self.function not in allowed:
             fix = f"Those of `task: {self.task}`: {', '.join(allowed)}."
@@ -279,9 +279,10 @@ class Fuse(StageOp):
     def _class_problems(self) -> Iterator[tuple[tuple[str, ...], str, str]]:
         for name in ("capture", "align"):
             if getattr(self, name).model_fields_set:
-                yield (name,), "says nothing for `task: classification`", "Leave it out."
+                yield (name,), f"`{name}` says nothing for `task: classification`", "Leave it out."
         if self.preset is not None or not self.pack:
-            yield ("preset" if self.preset else "pack",), "says nothing for `task: classification`", "Leave it out."
+            name = "preset" if self.preset else "pack"
+            yield (name,), f"`{name}` says nothing for `task: classification`", "Leave it out."
         if self.function != "max_confidence":
             return
         if any(weight != 1 for weight in self.weights):
@@ -295,11 +296,15 @@ class Fuse(StageOp):
             fix = "Write `fusion: {function: static}`, or leave `weight` out."
             yield ("sources",), f"`{self.function}` goes by how well sources predict, and weighs none", fix
         if "temperature" in self.fusion.model_fields_set and self.function != "avg":
-            yield ("fusion", "temperature"), f"says nothing for `function: {self.function}`", "Leave it out."
+            yield (
+                ("fusion", "temperature"),
+                f"`temperature` says nothing for `function: {self.function}`",
+                "Leave it out.",
+            )
         if self.function == "static":
             for name in ("metric", "granularity"):
                 if name in self.fusion.model_fields_set:
-                    yield ("fusion", name), "says nothing for `function: static`", "Leave it out."
+                    yield ("fusion", name), f"`{name}` says nothing for `function: static`", "Leave it out."
         silent = {"loss": (), "align": (), "capture": ()} | (
             {
                 "loss": ("tail", "teacher_temperature", "student_temperature"),
@@ -314,7 +319,7 @@ class Fuse(StageOp):
                 if name in getattr(self, part).model_fields_set:
                     warped = part == "align" and settled.loss.kind != "alm"
                     about = "align: {method: dtw}" if warped else f"loss: {{kind: {settled.loss.kind}}}"
-                    yield (part, name), f"says nothing for `{about}`", "Leave it out."
+                    yield (part, name), f"`{name}` says nothing for `{about}`", "Leave it out."
 
     def space(self, base: Space | None, inputs: Sequence[Space]) -> Space:
         """Whole models give a whole model."""

@@ -120,7 +120,7 @@ class _Kept:
         own = op.sources[index] if index >= 0 else None
         dtype, batch = (own.dtype, own.batch_tokens) if own else ("float32", op.train.micro_batch_tokens)
         stretches = op.loss.kind == "alm"
-        settings = {"top_k": 0} if stretches else op.capture.model_dump(mode="json")
+        settings: dict[str, Any] = {"top_k": 0} if stretches else op.capture.model_dump(mode="json")
         parts = {
             "documents": self.digest,
             "tokenizer": reader.digest,
@@ -134,9 +134,7 @@ class _Kept:
 
         def fill(folder: Path) -> None:
             tokens = self.tokens(path)
-            needed = capturing.disk_bytes(
-                len(tokens.ids), int(settings["top_k"]), reader.size, settings.get("dtype", "float16")
-            )
+            needed = capturing.disk_bytes(len(tokens.ids), settings["top_k"], reader.size, op.capture.dtype)
             if needed > job.free():
                 raise MachineError(
                     f"what {what} says takes {needed:,} bytes, and the cache's disk has {job.free():,} free",
