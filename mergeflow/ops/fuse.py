@@ -72,8 +72,9 @@ class Train(_Part):
     trainable: Literal["all"] | Patterns = Field(
         default="all", description="all, or patterns over the target's tensor names; the others stay as they are."
     )
-    gradient_checkpointing: Flag = Field(
-        default=False, description="Compute activations twice in place of keeping them."
+    gradient_checkpointing: Literal["auto"] | Flag = Field(
+        default="auto",
+        description="Compute activations twice in place of keeping them; auto: where they would not fit.",
     )
     precision: Literal["float32", "bfloat16"] = Field(
         default="float32", description="bfloat16: products in bfloat16, weights in float32."
