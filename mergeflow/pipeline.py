@@ -53,7 +53,7 @@ from mergeflow.planning import (
     needed_models,
     plan_digest,
 )
-from mergeflow.preparing import Runner, Stage, prepare
+from mergeflow.preparing import Runner, Stage, check_memory, prepare
 from mergeflow.publishing import CARD, RECIPE, side_files
 from mergeflow.recipe import ArtifactSource, ModelSource, Recipe
 from mergeflow.writing import Finished, Staging, finished_digest, free_bytes, refuse, repair
@@ -195,6 +195,7 @@ def plan(recipe: Recipe, *, out: str | Path | None = None, device: str = "cpu") 
                 ", ".join(given.data for given in one.node.inputs if given.data) or None,
                 one.key,
                 one.done,
+                one.needs,
             )
             for one in prepared.stages
         ),
@@ -430,14 +431,15 @@ def _run_stages(
     if all(stage.done for stage in found):
         return found
     plan(recipe, device=device)  # What headers can show is said before hours of collecting, not after.
+    memory = memory or max(total_memory() // 4, LEAST_MEMORY)
+    if device == "cpu":
+        check_memory(recipe, found, memory)
     with _signals() as stop:
 
         def materialise(asked: Recipe, node: str, folder: Path) -> None:
             run(asked.giving(node), folder, device=device, threads=threads, memory=memory, progress=progress)
 
-        runner = Runner(
-            device, threads_for(threads), memory or max(total_memory() // 4, LEAST_MEMORY), stop, progress, materialise
-        )
+        runner = Runner(device, threads_for(threads), memory, stop, progress, materialise)
         prepare(recipe, opened, foresee=foresee, device=device, make=runner.make)
     return found
 

@@ -14,7 +14,7 @@ import shutil
 import tempfile
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from math import prod
 from pathlib import Path
@@ -39,7 +39,7 @@ from mergeflow.errors import (
     RecipeError,
     did_you_mean,
 )
-from mergeflow.graph import Made, Plan, Row, Shard
+from mergeflow.graph import Made, Needs, Plan, Row, Shard
 from mergeflow.hub import SMALL_FILE, LocalFolder, is_local, locate
 from mergeflow.layout import Tensor as PlacedTensor
 from mergeflow.layout import lay_out
@@ -72,6 +72,8 @@ class Stage:
     done: bool
     identities: tuple[str, ...] = ()
     """A digest of all that decides each of the models."""
+    needs: Needs | None = None
+    """What making it takes, of what has not been made and can be told."""
 
     @property
     def path(self) -> Path:
@@ -179,7 +181,8 @@ def prepare(
         if not stage.done:
             models = _models_of(recipe, stage, opened, artifacts, foresee)
             if make is None:
-                opened_one = _foreseen(recipe, stage, models)
+                opened_one, needs = _foreseen(recipe, stage, models, device)
+                stage = replace(stage, needs=needs)
             else:
                 make(stage, recipe.with_made({one.node.name: one.source for one in stages}))
                 _check_unchanged(recipe, stage, opened, known, device)
@@ -409,14 +412,19 @@ def _model_of(
     return found
 
 
-def _foreseen(recipe: Recipe, stage: Stage, models: Sequence[Checkpoint | Plan]) -> Checkpoint:
-    """The headers that a stage would make, from its models' configs and headers."""
+def _foreseen(
+    recipe: Recipe, stage: Stage, models: Sequence[Checkpoint | Plan], device: str
+) -> tuple[Checkpoint, Needs | None]:
+    """The headers that a stage would make, from its models' configs and headers, and what making it takes.
+
+    Raises MachineError where the disk cannot hold what it makes.
+    """
     try:
         with contextlib.ExitStack() as stack:
             folders = [stack.enter_context(_skeleton(model)) for model in models]
             if isinstance(stage.op, StatisticsOp):
-                return _foreseen_statistics(stage, stage.op, folders[0])
-            return _foreseen_model(stage, folders, models[0])
+                return _foreseen_statistics(stage, stage.op, folders[0]), None
+            return _foreseen_model(stage, folders, models[0]), _needs(recipe, stage, folders, device)
     except MergeflowError as error:
         raise error.placed(recipe.where(stage.node.path)) from None
 
@@ -441,6 +449,39 @@ def _foreseen_model(stage: Stage, folders: Sequence[Path], first: Checkpoint | P
     return open_checkpoint(
         ForeseenFolder(label, stage.key, beside, {file.name: (file.header, file.size) for file in found})
     )
+
+
+def _needs(recipe: Recipe, stage: Stage, folders: Sequence[Path], device: str) -> Needs | None:
+    """What a fuse takes. What the cache holds may be part of it, so a disk is too small only where that would not do either."""
+    data = stage.data[0]
+    if not isinstance(stage.op, Fuse) or data is None:
+        return None
+    from mergeflow.stages import models
+    from mergeflow.stages.data import local_path
+    from mergeflow.stages.fuse import estimating
+
+    if local_path(data, recipe.folder) is None:
+        return None  # a plan fetches no data
+    target, *sources = (models.open_folder(folder) for folder in folders)
+    found = estimating.needs(stage.op, target, sources, estimating.sizes(data, recipe.folder), device)
+    free = free_bytes(cache.root()) + sum(entry.size for entry in cache.entries())
+    if found.disk > free:
+        raise MachineError(
+            f"takes about {found.disk:,} bytes in the cache, and its disk has {free:,} free",
+            fix="Make room, or set MERGEFLOW_CACHE to a folder on another disk.",
+        )
+    return found
+
+
+def check_memory(recipe: Recipe, stages: Sequence[Stage], memory: int) -> None:
+    """Raises MachineError for a stage that takes more memory than there may be."""
+    for stage in stages:
+        if not stage.done and stage.needs is not None and stage.needs.memory > memory:
+            raise MachineError(
+                f"takes {stage.needs.memory:,} bytes of memory beside activations, and may take {memory:,}",
+                where=recipe.where(stage.node.path),
+                fix="Give it more --memory, or a smaller target.",
+            )
 
 
 def _side_files(model: Checkpoint | Plan, wanted: Callable[[str], bool]) -> dict[str, bytes]:
@@ -537,7 +578,17 @@ class Runner:
             work.parent.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise MachineError(f"cannot be made: {error.strerror}", where=str(work.parent)) from None
-        claim = self._claim(stage.path, work)
+        try:
+            with self._claimed(stage.path, work):
+                if finished_digest(stage.path) is None:
+                    self._make(stage, recipe, work)
+        except MergeflowError as error:
+            raise error.placed(recipe.where(stage.node.path)) from None
+
+    @contextlib.contextmanager
+    def _claimed(self, path: Path, work: Path) -> Iterator[None]:
+        """Hold the right to make the artifact at `path`. In `work` stays what a later run can go on from, and nothing else."""
+        claim = self._claim(path, work)
         lost: list[MergeflowError] = []
 
         def taken(error: MergeflowError) -> None:
@@ -546,8 +597,7 @@ class Runner:
 
         try:
             claim.beat(taken)
-            if finished_digest(stage.path) is None:
-                self._make(stage, recipe, work)
+            yield
             shutil.rmtree(work, ignore_errors=True)
         except MergeflowError as error:
             if lost:
@@ -555,7 +605,7 @@ class Runner:
             if not isinstance(error, Interrupted | MachineError):
                 # The same inputs would end here again.
                 shutil.rmtree(work, ignore_errors=True)
-            raise error.placed(recipe.where(stage.node.path)) from None
+            raise
         finally:
             claim.release()
 
@@ -694,21 +744,12 @@ class Runner:
         if finished_digest(path) is None:
             path.parent.mkdir(parents=True, exist_ok=True)
             work.parent.mkdir(parents=True, exist_ok=True)
-            claim = self._claim(path, work)
-            try:
-                claim.beat(lambda error: self.stop.set())
+            with self._claimed(path, work):
                 if finished_digest(path) is None:
                     inside = work / "made"
                     inside.mkdir(exist_ok=True)
                     make(inside)
                     _publish(inside, path, key)
-                shutil.rmtree(work, ignore_errors=True)
-            except MergeflowError as error:
-                if not isinstance(error, Interrupted | MachineError):
-                    shutil.rmtree(work, ignore_errors=True)
-                raise
-            finally:
-                claim.release()
         cache.mark_used(path)
         return path
 

@@ -28,7 +28,7 @@ from pydantic_core import core_schema
 from mergeflow.errors import RecipeError
 from mergeflow.ops import Op, all_ops, op_named
 from mergeflow.ops.base import Space
-from mergeflow.ops.fuse import Source
+from mergeflow.ops.fuse import SILENT, Fuse, Source
 from mergeflow.ops.statistics import StageOp, StatisticsOp, collector_of
 from mergeflow.recipe import (
     NAME,
@@ -57,7 +57,7 @@ _GRAMMAR = ("op", "base", "model", "emr", "target", "data", "inputs", "sources",
 _WORDS = ("revision", "subfolder", "split", "text", "template", "messages", "features", "label")
 _LISTED = ("inputs", "layers", "sources")
 """The lists whose items are sections of the op's own."""
-_SAID = {"fisher_diag": {"estimator": "sampled"}}
+_SAID = {"fisher_diag": {"estimator": "sampled"}, "fuse": {"task": "classification"}}
 """What an op says in an example in place of a default that is not for every model."""
 _REFS = "#/definitions/{model}"
 _SHARED_FROM = 3
@@ -83,9 +83,7 @@ def recipe_schema(ops: Iterable[type[Op]] | None = None) -> Schema:
         },
         "description": {"type": ["string", "null"], "description": "What the result is, for the model card."},
         "seed": {
-            "type": "integer",
-            "minimum": 0,
-            "maximum": 2**63 - 1,
+            **_or_variable({"type": "integer", "minimum": 0, "maximum": 2**63 - 1}),
             "default": 0,
             "description": "Seed of every random draw.",
         },
@@ -540,21 +538,32 @@ def example(op: type[Op], parameters: Sequence[_Parameter] = ()) -> str:
         ]
     else:
         lines += ["    inputs:", *(f"      - {item}" for item in items)]
-    values = [(one, _SAID.get(op.name, {}).get(one.name, _sample(one))) for one in parameters or _parameters(op)]
-    given = [line for one, value in values if value is not None for line in _lines(one.name, value, one.description)]
+    said: Mapping[str, Any] = _SAID.get(op.name, {})
+    silent = SILENT[said["task"]] if issubclass(op, Fuse) else {}
+    values = [(one, said.get(one.name, _sample(one))) for one in parameters or _parameters(op)]
+    given = [
+        line
+        for one, value in values
+        if value is not None and one.name not in silent.get("", ())
+        for line in _lines(one.name, value, one.description, silent.get(one.name, ()))
+    ]
     width = max((len(line) for line, _ in given), default=0)
     return "\n".join([*lines, *(f"{line:<{width}}  # {note}" for line, note in given)]) + "\n"
 
 
-def _lines(name: str, value: Any, about: str, indent: str = "    ") -> list[tuple[str, str]]:
+def _lines(name: str, value: Any, about: str, silent: Sequence[str]) -> list[tuple[str, str]]:
     """A parameter as a recipe writes it, each line with what it is: settings that stand together below their name."""
     if not isinstance(value, BaseModel):
-        return [(f"{indent}{name}: {_scalar(value)}", about)]
-    lines = [(f"{indent}{name}:", about)]
-    for key, info in type(value).model_fields.items():
-        if getattr(value, key) is not None:
-            lines += _lines(key, getattr(value, key), info.description or "", indent + "  ")
-    return lines
+        return [(f"    {name}: {_scalar(value)}", about)]
+    fields = {key: info for key, info in type(value).model_fields.items() if key not in silent}
+    return [
+        (f"    {name}:", about),
+        *(
+            (f"      {key}: {_scalar(getattr(value, key))}", info.description or "")
+            for key, info in fields.items()
+            if getattr(value, key) is not None
+        ),
+    ]
 
 
 def _parameters(op: type[Op], sections: Mapping[str, Schema] | None = None) -> list[_Parameter]:

@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from argparse import Namespace
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -16,14 +17,15 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from test_stages import mlp, rows, weights, write_recipe
-from toys import environment
+from toys import call, environment
 
 from mergeflow import pipeline, preparing
 from mergeflow.errors import InputError, MachineError, NumericError, RecipeError
+from mergeflow.graph import Needs
 from mergeflow.ops.fuse import Fuse, Fusion, Loss, Source, Train
 from mergeflow.recipe import load_recipe
 from mergeflow.stages import models
-from mergeflow.stages.fuse import classifying, running, training
+from mergeflow.stages.fuse import classifying, estimating, running, training
 from mergeflow.stages.fuse.shards import Shards
 
 FUSED: dict[str, Any] = {
@@ -367,13 +369,53 @@ def test_labels_are_matched_by_name_or_by_the_map(here: Path) -> None:
     assert classifying.columns(mapped, target, [one, two], 1) == [2, 0, 1]
 
 
-def test_too_little_memory_is_said_with_the_numbers(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(running, "elements", lambda folder: 10**12)
-    with pytest.raises(MachineError, match=r"training takes 16,000,000,000,000 bytes beside activations, and may take"):
+def test_too_little_memory_is_said_with_the_numbers_before_anything_runs(
+    here: Path, monkeypatch: pytest.MonkeyPatch, ran: list[str]
+) -> None:
+    monkeypatch.setattr(estimating, "training", lambda folder: 16 * 10**12)
+    with pytest.raises(
+        MachineError, match=r"takes 16,000,000,000,000 bytes of memory beside activations, and may take"
+    ):
         run(here)
+    assert ran == []
+
+
+def test_a_plan_says_what_a_fuse_takes_and_refuses_a_disk_that_cannot_hold_it(
+    here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = write_recipe(
+        here, {"fused": FUSED}, models={name: f"./{name}" for name in ("start", "a", "b")}, output={"node": "fused"}
+    )
+    (told,) = json.loads(call("plan", str(path), "--json").out)["stages"]
+    count = sum(one.numel() for one in weights(here / "start").values())
+    captured, checkpoint, result = 2 * 64 * 3 * 4, 12 * count, 4 * count
+    assert told["needs"] == {"disk": captured + checkpoint + result, "memory": 16 * count, "seconds": 0.0}
+    assert "of memory beside activations" in call("plan", str(path)).out
+    monkeypatch.setattr(preparing, "free_bytes", lambda path: 1000)
+    words = call("plan", str(path)).err
+    assert f"takes about {told['needs']['disk']:,} bytes in the cache, and its disk has 1,000 free" in words
+
+
+@pytest.mark.parametrize(("wanted", "room", "twice"), [("auto", 1, True), ("auto", 1 << 40, False), (False, 1, False)])
+def test_activations_are_computed_twice_where_they_would_not_fit(
+    here: Path, monkeypatch: pytest.MonkeyPatch, wanted: Any, room: int, twice: bool
+) -> None:
+    calls: list[str] = []
+
+    class Model:
+        supports_gradient_checkpointing = True
+
+        def gradient_checkpointing_enable(self, settings: Any) -> None:
+            calls.append("twice")
+
+    monkeypatch.setattr(running, "_room", lambda job: room)
+    job = Namespace(op=op(train=Train(gradient_checkpointing=wanted)))
+    running._save_memory(job, Model(), models.open_folder(here / "start"), 100)  # type: ignore[arg-type]
+    assert bool(calls) == twice
 
 
 def test_a_disk_that_would_fill_is_said_with_the_numbers(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(estimating, "needs", lambda *args: Needs(0, 0, 0))
     monkeypatch.setattr(preparing, "free_bytes", lambda path: 100)
     with pytest.raises(MachineError, match=r"the logits of source 1 take 768 bytes, and the cache's disk has 100 free"):
         run(here)

@@ -136,8 +136,9 @@ class Train(_Part):
     trainable: Literal["all"] | Patterns = Field(
         default="all", description="all, or patterns over the target's tensor names; the others stay as they are."
     )
-    gradient_checkpointing: Flag = Field(
-        default=False, description="Compute activations twice in place of keeping them."
+    gradient_checkpointing: Literal["auto"] | Flag = Field(
+        default="auto",
+        description="Compute activations twice in place of keeping them; auto: where they would not fit.",
     )
     precision: Literal["float32", "bfloat16"] = Field(
         default="float32", description="bfloat16: products in bfloat16, weights in float32."
@@ -153,18 +154,34 @@ def _part(kind: type[_Part], description: str) -> Any:
     return Field(default=kind.model_construct(), description=description, validate_default=False)
 
 
-CLASSES = {
-    "fusion": ("average",),
-    "train": ("batch_size",),
-    "sources": ("label_map",),
+SILENT: dict[str, dict[str, tuple[str, ...]]] = {
+    "classification": {
+        "": ("pack", "capture", "align", "preset"),
+        "fusion": ("metric", "granularity", "temperature"),
+        "loss": ("kind", "clm_weight", "schedule", "tail", "alm_tau"),
+        "train": ("batch_tokens", "micro_batch_tokens"),
+        "sources": ("batch_tokens",),
+    },
+    "causal_lm": {
+        "": ("batch_size",),
+        "fusion": ("average",),
+        "train": ("batch_size",),
+        "sources": ("label_map",),
+    },
 }
-"""What says something of classifiers alone, and of language models alone."""
-LANGUAGE = {
-    "fusion": ("metric", "granularity", "temperature"),
-    "loss": ("kind", "clm_weight", "schedule", "tail", "alm_tau"),
-    "train": ("batch_tokens", "micro_batch_tokens"),
-    "sources": ("batch_tokens",),
-}
+"""What says nothing for a task: of the op itself (""), and of each of its parts."""
+
+
+def _given(part: BaseModel, name: str) -> bool:
+    """Whether a field was written in a recipe, and not as it is anyway."""
+    value = getattr(part, name)
+    if isinstance(value, _Part):
+        return bool(value.model_fields_set)
+    return name in part.model_fields_set and (
+        not isinstance(part, StageOp) or value != type(part).model_fields[name].default
+    )
+
+
 PRESETS: dict[str, dict[str, dict[str, Any]]] = {
     "fusellm_v1": {
         "capture": {"top_k": 10},
@@ -260,12 +277,12 @@ class Fuse(StageOp):
     def problems(self) -> Iterator[tuple[tuple[str, ...], str, str]]:
         """What does not go together: the path of a field, what is wrong with it, and what to do."""
         language = self.task == "causal_lm"
-        for part, names in (CLASSES if language else LANGUAGE).items():
-            given = enumerate(self.sources) if part == "sources" else [(None, getattr(self, part))]
+        for part, names in SILENT[self.task].items():
+            given = enumerate(self.sources) if part == "sources" else [(None, getattr(self, part) if part else self)]
             for index, one in given:
                 for name in names:
-                    if name in one.model_fields_set:
-                        at = (part, name) if index is None else (part, str(index), name)
+                    if _given(one, name):
+                        at = tuple(key for key in (part, None if index is None else str(index), name) if key)
                         yield at, f"`{name}` says nothing for `task: {self.task}`", "Leave it out."
         allowed = ("min", "max", "avg", "avg_fusellm", "static") if language else ("avg", "max_confidence")
         if self.function not in allowed:
@@ -277,12 +294,6 @@ class Fuse(StageOp):
         yield from self._language_problems() if language else self._class_problems()
 
     def _class_problems(self) -> Iterator[tuple[tuple[str, ...], str, str]]:
-        for name in ("capture", "align"):
-            if getattr(self, name).model_fields_set:
-                yield (name,), f"`{name}` says nothing for `task: classification`", "Leave it out."
-        if self.preset is not None or not self.pack:
-            name = "preset" if self.preset else "pack"
-            yield (name,), f"`{name}` says nothing for `task: classification`", "Leave it out."
         if self.function != "max_confidence":
             return
         if any(weight != 1 for weight in self.weights):

@@ -230,6 +230,11 @@ class Classes(Lessons):
         self.op, self.examples, self.rows, self.said = op, examples, rows, said
         self.seed, self.device = seed, device
 
+    @property
+    def tokens(self) -> int:
+        """Of the longest rows; those of images and numbers count as one."""
+        return self.op.batch_size * max(len(row.ids) or 1 for row in self.rows)
+
     def epoch(self, number: int) -> Sequence[Step]:
         """Steps of `train.batch_size` rows in parts of `batch_size`."""
         size = self.op.train.batch_size

@@ -9,11 +9,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from mergeflow.errors import MachineError, RecipeError
+from mergeflow.errors import RecipeError
 from mergeflow.ops.fuse import Fuse
 from mergeflow.settings import matches, places
 from mergeflow.stages import collecting, models
-from mergeflow.stages.fuse import classifying, language, training
+from mergeflow.stages.fuse import classifying, estimating, language, training
 from mergeflow.stages.fuse.job import FuseJob
 from mergeflow.stages.regmean_pp import METADATA, side_files
 
@@ -26,7 +26,7 @@ TASKS: Mapping[str, Any] = {"classification": classifying, "causal_lm": language
 def run(job: FuseJob) -> None:
     """Make the fused model and write it: the target's tensors, config and tokenizer, the values of every step, and a plot.
 
-    Raises RecipeError for models or parameters that do not go together, MachineError where memory or disk do not suffice,
+    Raises RecipeError for models or parameters that do not go together, MachineError where the disk or the device does not suffice,
     InputError for data or models that cannot be used, NumericError where there are too many NaN or Inf.
     """
     import torch
@@ -35,7 +35,6 @@ def run(job: FuseJob) -> None:
     target = models.open_folder(job.target)
     sources = [models.open_folder(path) for path in job.sources]
     check(job.op, target, sources)
-    _check_memory(job, target, sources)
     seed = job.seed if op.train.seed is None else op.train.seed
     with collecting.threads(job.threads), torch.no_grad():
         task = TASKS[op.task]
@@ -45,7 +44,7 @@ def run(job: FuseJob) -> None:
             collecting.settle(model, lessons.examples)
         names = training.names_of(model, target)
         training.unfreeze(model, names, target.checkpoint, op.train.trainable)
-        _save_memory(job, model, target)
+        _save_memory(job, model, target, lessons.tokens)
         course = training.Course(op.train, job.work, seed, job.device, job.progress, job.check_stop)
         metrics = training.train(model, lessons, course)
         written = training.Trained(model, names, target.checkpoint)
@@ -64,29 +63,8 @@ def check(op: Fuse, target: models.Folder, sources: Sequence[models.Folder]) -> 
         )
 
 
-def elements(folder: models.Folder) -> int:
-    """How many numbers a model has."""
-    return sum(tensor.elements for tensor in folder.checkpoint.tensors.values() if tensor.dtype.kind == "float")
-
-
-def needed_memory(op: Fuse, target: models.Folder, sources: Sequence[models.Folder]) -> int:
-    """Bytes that are held at most, but for activations: a source that runs, or the target with its gradients and AdamW's means."""
-    widths = [2 if one.dtype in ("bfloat16", "float16") else 4 for one in op.sources]
-    running = [elements(folder) * width for folder, width in zip(sources, widths, strict=True)]
-    return max(*running, elements(target) * training.BYTES_A_PARAMETER)
-
-
-def _check_memory(job: FuseJob, target: models.Folder, sources: Sequence[models.Folder]) -> None:
-    needed = needed_memory(job.op, target, sources)
-    if job.device == "cpu" and needed > job.memory:
-        raise MachineError(
-            f"training takes {needed:,} bytes beside activations, and may take {job.memory:,}",
-            fix="Give it more --memory, or a smaller target.",
-        )
-
-
-def _save_memory(job: FuseJob, model: nn.Module, target: models.Folder) -> None:
-    """Compute activations twice where that is asked for, or they would not fit beside the rest."""
+def _save_memory(job: FuseJob, model: nn.Module, target: models.Folder, tokens: int) -> None:
+    """Compute activations twice where that is asked for, or with `auto` where those of so many tokens would not fit."""
     wanted = job.op.train.gradient_checkpointing
     able = bool(getattr(model, "supports_gradient_checkpointing", False))
     if wanted is True and not able:
@@ -95,5 +73,15 @@ def _save_memory(job: FuseJob, model: nn.Module, target: models.Folder) -> None:
             where="train.gradient_checkpointing",
             fix="Leave it out.",
         )
-    if wanted is True:
+    if wanted == "auto":
+        needed = estimating.training(target) + estimating.activations(target, tokens)
+        wanted = able and needed > _room(job)
+    if wanted:
         model.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
+
+
+def _room(job: FuseJob) -> int:
+    """Bytes of memory that the device lends."""
+    import torch
+
+    return job.memory if job.device == "cpu" else torch.cuda.mem_get_info(job.device)[1]

@@ -33,8 +33,6 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
 CHECKPOINT, METRICS, PLOT = "checkpoint.safetensors", "metrics.jsonl", "losses.svg"
-BYTES_A_PARAMETER = 16
-"""A weight, its gradient, and AdamW's two means, in float32."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,6 +46,11 @@ class Step:
 
 class Lessons(ABC):
     """What a model is trained on."""
+
+    @property
+    @abstractmethod
+    def tokens(self) -> int:
+        """The most tokens that run together."""
 
     @abstractmethod
     def epoch(self, number: int) -> Sequence[Step]:
