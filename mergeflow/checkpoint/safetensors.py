@@ -12,6 +12,7 @@ with an optional ``__metadata__`` of strings, then the tensors' bytes, without g
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -40,16 +41,18 @@ class StoredTensor:
     file: str
     begin: int
     end: int
+    strides: tuple[int, ...] = ()
+    """Elements from one place of an axis to the next, of a pickled tensor that does not lie row by row; else empty."""
 
     @property
     def nbytes(self) -> int:
-        """Bytes on disk."""
-        return self.end - self.begin
+        """Bytes of its elements."""
+        return self.elements * self.dtype.size if self.strides else self.end - self.begin
 
     @property
     def elements(self) -> int:
         """Count of elements; 1 for a scalar."""
-        return (self.end - self.begin) // self.dtype.size
+        return math.prod(self.shape) if self.strides else (self.end - self.begin) // self.dtype.size
 
 
 class _Duplicate(ValueError):
@@ -74,7 +77,7 @@ def header_end(first: bytes, file_size: int, where: str) -> int:
         raise InputError(
             "is a pickle under another name, not safetensors",
             where=where,
-            fix="Pickles are not read. Convert it with safetensors.torch.save_file.",
+            fix="Call it by its right name (.bin), or better convert it with safetensors.torch.save_file.",
         )
     if length > LARGEST_HEADER:
         raise InputError(
@@ -174,12 +177,12 @@ def _not_whole(text: str) -> NoReturn:
 def _metadata(found: Any, where: str) -> dict[str, str]:
     if not isinstance(found, dict) or not all(isinstance(value, str) for value in found.values()):
         raise InputError(f"has a {METADATA} that does not map strings to strings", where=where)
-    if not all(_is_unicode(key) and _is_unicode(value) for key, value in found.items()):
+    if not all(is_unicode(key) and is_unicode(value) for key, value in found.items()):
         raise InputError(f"has a {METADATA} that is not valid Unicode", where=where)
     return found
 
 
-def _is_unicode(text: str) -> bool:
+def is_unicode(text: str) -> bool:
     """Whether a string can be written: JSON can spell halves of characters, which nothing else reads."""
     return text.isascii() or not any("\ud800" <= character <= "\udfff" for character in text)
 
@@ -191,7 +194,7 @@ def _tensor(name: str, entry: Any, data_start: int, file: str, where: str) -> St
         shown = name if len(name) <= 80 else f"{name[:80]}..."
         return InputError(f"tensor '{shown}' {what}", where=where, fix=fix)
 
-    if not _is_unicode(name):
+    if not is_unicode(name):
         raise wrong("has a name that is not valid Unicode")
     size = len(name) if name.isascii() else len(name.encode("utf-8"))
     if size > LONGEST_NAME:
