@@ -403,7 +403,7 @@ class _File:
             inner = tensor.elements // tensor.shape[0]
             top, bottom = start // inner, -(-stop // inner)
             rows = self._stretch(tensor, 0, 0).as_strided(tensor.shape, tensor.strides)[top:bottom]
-            return rows.reshape(-1)[start - top * inner : stop - top * inner]
+            return rows.contiguous().view(-1)[start - top * inner : stop - top * inner]
         return self._stretch(tensor, start, stop)
 
     def _stretch(self, tensor: StoredTensor, start: int, stop: int) -> Tensor:

@@ -40,6 +40,10 @@ ALLOW = (
     "Safetensors are safer: load the model with transformers and call save_pretrained. "
     "If you know whom these are from, give --allow-pickle, by which only tensors are read."
 )
+WRITE_FIRST = (
+    "What runs models reads safetensors: write them first, with a recipe whose output's node is this model, "
+    "and `mergeflow run --allow-pickle`."
+)
 _SHARD = re.compile(r"-(\d+)-of-(\d+)\.safetensors$")
 
 
@@ -105,7 +109,8 @@ class Checkpoint:
 def open_checkpoint(folder: Folder, *, file: str | None = None, allow_pickle: bool = False) -> Checkpoint:
     """The checkpoint in a folder, by headers alone; `file` names one weight file (or index) instead of the usual ones.
 
-    With `allow_pickle` pickles are read where there are no safetensors, those of a hub once they are fetched whole. Raises InputError when there is no model, or index and headers contradict each other or themselves.
+    With `allow_pickle` pickles are read where there are no safetensors, those of a hub once they are fetched whole. Raises InputError
+    when there is no model, or index and headers contradict each other or themselves.
     """
     name = file or getattr(folder, "only_file", None) or _usual_file(folder, allow_pickle)
     if name.endswith((*PICKLES, ".bin.index.json")) and not allow_pickle:

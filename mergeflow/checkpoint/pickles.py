@@ -63,8 +63,9 @@ NEEDED = {
 
 
 def read_pickle(path: Path, where: str, file: str) -> tuple[list[StoredTensor], str, int]:
-    """The tensors of a pickled file by offset, the digest of what tells them (`mark`), and the file's size in bytes.
+    """The tensors of a pickled file, the digest of what tells them (`mark`), and the file's size in bytes.
 
+    They come in the order that safetensors gives them, so that a merge has the same bytes from either.
     `where` is what messages call the file, `file` the name that the tensors get. Raises InputError for what is not exactly a mapping
     of names to dense tensors, MachineError where torch is too old to be trusted with it.
     """
@@ -77,7 +78,7 @@ def read_pickle(path: Path, where: str, file: str) -> tuple[list[StoredTensor], 
         raise InputError(f"has {len(found)} tensors, more than the {MOST_TENSORS} that are read", where=where)
     mapped = _Mapped(path, size, where)
     tensors = [_tensor(name, tensor, mapped, file, where) for name, tensor in found.items()]
-    tensors.sort(key=lambda tensor: (tensor.begin, tensor.end))
+    tensors.sort(key=lambda tensor: (-tensor.dtype.size, tensor.name))
     return tensors, digest, size
 
 
