@@ -224,8 +224,15 @@ def put(text: str, path: str | None, mode: str = "w") -> None:
             raise MachineError(f"cannot be written: {error.strerror}", where=path) from None
 
 
+pickle_option = click.option(
+    "--allow-pickle",
+    is_flag=True,
+    help="Read pickled weights (.bin, .pt) where there are no safetensors: their tensors alone, no code is run.",
+)
+
+
 def how_options(function: F) -> F:
-    """How a merge is run, which changes nothing of the result: `--device`, `--memory`, `--threads`, `--io`."""
+    """How a merge is run, which changes nothing of the result: `--device`, `--memory`, `--threads`, `--io`, `--allow-pickle`."""
     options = [
         click.option(
             "--device", default="cpu", show_default=True, metavar="cpu|cuda|cuda:N", help="Where blocks are computed."
@@ -240,6 +247,7 @@ def how_options(function: F) -> F:
             show_default=True,
             help="How inputs are read: mapped, or by call (safer where a disk may fail).",
         ),
+        pickle_option,
     ]
     for option in reversed(options):
         function = option(function)
@@ -331,7 +339,7 @@ def run(
     if locked:
         from mergeflow import locking
 
-        how["accept"] = locking.guard(checked, locking.lock_path(recipe), how["device"])
+        how["accept"] = locking.guard(checked, locking.lock_path(recipe), how["device"], how["allow_pickle"])
     with _Progress(quiet) as shown:
 
         def planned(made: Any) -> None:
@@ -375,6 +383,7 @@ def run(
 @settings_option
 @memory_option
 @threads_option
+@pickle_option
 @json_option
 @summary_option
 @click.option("--graph", type=click.Choice(["mermaid"]), help="Print the recipe's graph instead, as a picture in text.")
@@ -384,6 +393,7 @@ def plan(
     settings: tuple[str, ...],
     memory: int | None,
     threads: int | None,
+    allow_pickle: bool,
     as_json: bool,
     summary: str | None,
     graph: str | None,
@@ -401,7 +411,7 @@ def plan(
         click.echo(reporting.mermaid(checked), nl=False)
         return
     target = Path(out or checked.name)
-    made, budget, free = pipeline.foresee(checked, target, memory=memory, threads=threads)
+    made, budget, free = pipeline.foresee(checked, target, memory=memory, threads=threads, allow_pickle=allow_pickle)
     data = reporting.plan_data(made, threads=budget.threads, peak=budget.peak, free=free)
     put(reporting.plan_markdown(data), summary, "a")
     click.echo(json.dumps(data, indent=1) if as_json else reporting.plan_text(data, target))
@@ -544,8 +554,11 @@ def validate(recipes: tuple[str, ...], settings: tuple[str, ...], as_json: bool)
 @click.option("--revision", help="A hub commit, tag or branch.")
 @click.option("--subfolder", help="The folder in the repository that holds the model.")
 @click.option("--file", help="The .safetensors file or index to read.")
+@pickle_option
 @json_option
-def inspect(model: str, revision: str | None, subfolder: str | None, file: str | None, as_json: bool) -> None:
+def inspect(
+    model: str, revision: str | None, subfolder: str | None, file: str | None, allow_pickle: bool, as_json: bool
+) -> None:
     """Show what a checkpoint or a LoRA adapter holds, from its headers.
 
     MODEL is a folder, a .safetensors file, or the name of a hub repository.
@@ -561,7 +574,11 @@ def inspect(model: str, revision: str | None, subfolder: str | None, file: str |
     if folder.exists(STATISTICS) and file is None:
         data = inspect_model(open_statistics(folder))
     else:
-        data = inspect_model(open_adapter(folder) if adapter else open_checkpoint(folder, file=file))
+        data = inspect_model(
+            open_adapter(folder, allow_pickle=allow_pickle)
+            if adapter
+            else open_checkpoint(folder, file=file, allow_pickle=allow_pickle)
+        )
     click.echo(json.dumps(data, indent=1) if as_json else inspect_text(data))
 
 

@@ -745,7 +745,11 @@ def sample(plan: Plan) -> Sample:
     groups: dict[frozenset[str], list[dict[str, StoredTensor]]] = {}
     for row in plan.rows:
         loads = _averaged(row.expression, row.shape)
-        here = {name: tensor for name, tensor in loads.items() if name in local and tensor.dtype.name in _FLOATS}
+        here = {
+            name: tensor
+            for name, tensor in loads.items()
+            if name in local and tensor.dtype.name in _FLOATS and not tensor.strides
+        }
         if len(here) > 1 and len(row.shape) == 2 and min(row.shape) >= 2 * LEAST_WIDTH and row.elements >= SAMPLE_RUN:
             groups.setdefault(frozenset(here), []).append(here)
     known: dict[tuple[str, str], Any] = {}

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 from blake3 import blake3
 
 from mergeflow import __version__, cache
-from mergeflow.checkpoint import SINGLE, Checkpoint, StoredTensor, WeightFile, open_checkpoint
+from mergeflow.checkpoint import SINGLE, WRITE_FIRST, Checkpoint, StoredTensor, WeightFile, open_checkpoint
 from mergeflow.checkpoint.adapter import Adapter
 from mergeflow.checkpoint.sources import Zeros
 from mergeflow.checkpoint.statistics import Facts, ModelNote, Statistics, marks, open_statistics
@@ -179,6 +179,7 @@ def prepare(
         known[node.name] = stage.key
         opened_one: Checkpoint | None = None
         if not stage.done:
+            _refuse_pickles(recipe, stage, opened)
             models = _models_of(recipe, stage, opened, artifacts, foresee)
             if make is None:
                 opened_one, needs = _foreseen(recipe, stage, models, device)
@@ -192,6 +193,15 @@ def prepare(
         return Prepared(recipe)
     sources = {stage.node.name: stage.source for stage in stages}
     return Prepared(recipe.with_made(sources), artifacts, tuple(stages))
+
+
+def _refuse_pickles(recipe: Recipe, stage: Stage, opened: Mapping[str, Checkpoint]) -> None:
+    """Raise InputError for a stage that would run pickled weights: libraries would open these in their own way."""
+    for name in stage.models:
+        if name in opened and opened[name].pickled:
+            raise InputError(
+                f"runs '{name}', whose weights are pickles", where=recipe.where(stage.node.path), fix=WRITE_FIRST
+            )
 
 
 def _in_order(recipe: Recipe) -> Iterator[Node]:

@@ -44,7 +44,7 @@ from mergeflow.recipe import (
     input_section,
     node_section,
 )
-from mergeflow.settings import _last_rule_is_open
+from mergeflow.settings import Gradient, Rule, _last_rule_is_open
 
 DIALECT = "http://json-schema.org/draft-07/schema#"
 VARIABLE = r"^\$\{[^{}]+\}$"
@@ -245,8 +245,12 @@ def _definitions(ops: Sequence[type[Op]]) -> dict[str, Schema]:
         SelectRule: "rule.select",
         StackRest: "rest.stack",
     }
-    names |= {node_section(op): f"node.{op.name}" for op in ops}
-    names |= {input_section(op): f"input.{op.name}" for op in ops if op.takes in _LISTED}
+    entries: dict[type[BaseModel], str] = {input_section(op): f"input.{op.name}" for op in ops if op.takes in _LISTED}
+    nodes: dict[type[BaseModel], str] = {node_section(op): f"node.{op.name}" for op in ops}
+    # What is inside goes first: a section that is built takes what is there, and else builds it again for each key.
+    for model in (*Gradient.__subclasses__(), *Rule.__subclasses__(), *names, *entries):
+        model.model_rebuild()
+    names |= nodes | entries
     refs, found = models_json_schema(
         [(model, "validation") for model in names], ref_template=_REFS, schema_generator=_Draft7
     )
