@@ -881,22 +881,26 @@ class _Progress:
             self.say(f"{plan.name}: {len(plan.rows)} tensors, {size_text(plan.bytes_out)} to write")
 
     def update(self, what: str, done: int, total: int) -> None:
-        """Called from any thread: a race costs a count on the screen and nothing else."""
+        """Called from any thread: a race costs a count on the screen and nothing else.
+
+        What stands behind a comma in `what` is a note on the same work.
+        """
         if self.quiet:
             return
         if not done and not total:  # something to be told, and nothing to be counted
             self.close()
             self.say(what)
             return
-        if (what, total) != (self.what, self.total):
+        name, _, note = what.partition(", ")
+        if (name, total) != (self.what, self.total):
             self.close()
-            self.what, self.done, self.total, self.started = what, 0, total, time.monotonic()
+            self.what, self.done, self.total, self.started = name, 0, total, time.monotonic()
             if self.terminal:
                 from tqdm import tqdm
 
                 self.bar = tqdm(
                     total=total,
-                    desc=what,
+                    desc=name,
                     unit=self._unit,
                     unit_scale=self._unit == "B",
                     leave=False,
@@ -905,6 +909,8 @@ class _Progress:
                 )
         self.done += done
         if self.bar is not None:
+            if note:
+                self.bar.set_postfix_str(note, refresh=False)
             self.bar.update(done)
         elif not self.terminal and time.monotonic() - self.spoke > self.LINE_SECONDS:
             self.spoke = now = time.monotonic()

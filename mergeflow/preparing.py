@@ -234,7 +234,7 @@ def _stage(
         {
             "op": node.op.name,
             "version": node.op.version,
-            "parameters": node.op.model_dump(mode="json"),
+            "parameters": node.op.deciding,
             "only": node.only,
             "seed": seed if node.op.seeded else None,
             "models": identities,

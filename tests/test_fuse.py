@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from test_stages import mlp, rows, weights, write_recipe
+from test_stages import DATA, mlp, rows, weights, write_recipe
 from toys import call, environment
 
 from mergeflow import pipeline, preparing
@@ -49,15 +49,19 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def run(here: Path, out: str = "out", *, nodes: Mapping[str, Any] | None = None, **changed: Any) -> pipeline.Result:
+def run(
+    here: Path, out: str = "out", *, node: Mapping[str, Any] = FUSED, nodes: Mapping[str, Any] | None = None,
+    corpora: Mapping[str, Any] = DATA, **changed: Any,
+) -> pipeline.Result:  # fmt: skip
     """The fuse, with some of its keys changed, through a recipe on disk."""
     names = [
         path.name for path in here.iterdir() if (path / "config.json").exists() and not path.name.startswith("out")
     ]
     made = write_recipe(
         here,
-        {**(nodes or {}), "fused": {**FUSED, **changed}},
+        {**(nodes or {}), "fused": {**node, **changed}},
         models={name: f"./{name}" for name in sorted(names)},
+        data=corpora,
         output={"node": "fused"},
     )
     return pipeline.run(load_recipe(made), out, threads=1)

@@ -256,7 +256,12 @@ class Fuse(StageOp):
             )
             for part, values in PRESETS[self.preset].items()
         }
-        return self.model_copy(update=parts)
+        return self.model_copy(update={**parts, "include_self": True, "preset": None})
+
+    @property
+    def deciding(self) -> dict[str, Any]:
+        """What its preset says put in: what is written beside one may be a default, and wins."""
+        return self.settled.model_dump(mode="json")
 
     @property
     def function(self) -> str:

@@ -70,12 +70,14 @@ def needs(op: Fuse, target: models.Folder, sources: Sequence[models.Folder], row
     op = op.settled
     teachers = [*sources, *([target] if op.self_too else [])] if op.teaches else []
     kept = sum(_kept(op, folder, target, rows) for folder in teachers)
+    if op.task == "causal_lm":  # documents, and the target's tokens of them
+        kept += sum(rows) + 8 * _tokens(op, target, rows)
     operations = sum(2 * elements(folder) * _tokens(op, folder, rows) for folder in teachers)
     operations += 6 * elements(target) * _tokens(op, target, rows) * op.train.epochs
     stored = sum(tensor.nbytes for tensor in target.checkpoint.tensors.values())
     return Needs(
         disk=kept + BYTES_A_CHECKPOINT * elements(target) + stored,
-        memory=max(training(target) + _logits(op, target), *(4 * elements(folder) for folder in teachers)),
+        memory=max([training(target) + _logits(op, target), *(4 * elements(folder) for folder in teachers)]),
         seconds=round(operations / OPERATIONS["cpu" if device == "cpu" else "cuda"], 1),
     )
 
