@@ -584,7 +584,7 @@ CASES = {
     "lot": with_statistics("lot", "gram", base="base"),
     "aim": with_statistics("aim", "act_absmean", inputs=("a",), base="base"),
 }
-NO_CASE = ("regmean_pp", "gram", "gram_diag", "input_mean", "act_absmean", "fisher_diag")
+NO_CASE = ("regmean_pp", "gram", "gram_diag", "input_mean", "act_absmean", "fisher_diag", "fuse")
 """Stages: their time is that of a model on data, which these checkpoints have no use for."""
 OTHER_CASES = ("threads", "plan", "cgroup")
 

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from mergeflow.comparing import Difference, Lineage, diff, lineage
     from mergeflow.errors import (
         ClaimedError,
         InputError,
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
     from mergeflow.verifying import verify
 
 _HOMES = {
+    "comparing": ("Difference", "Lineage", "diff", "lineage"),
     "errors": (
         "ClaimedError",
         "InputError",
@@ -51,8 +53,10 @@ _HOMES = {
 
 __all__ = [
     "ClaimedError",
+    "Difference",
     "InputError",
     "Interrupted",
+    "Lineage",
     "MachineError",
     "MergeflowError",
     "NumericError",
@@ -62,6 +66,8 @@ __all__ = [
     "RecipeError",
     "Result",
     "__version__",
+    "diff",
+    "lineage",
     "load_recipe",
     "plan",
     "run",

@@ -16,7 +16,7 @@ import tempfile
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self, TypeVar
@@ -215,18 +215,25 @@ scratch_option = click.option(
 )
 
 
-def append_summary(path: str | None, text: str) -> None:
-    """Add to the file of `--summary`, where it is given. Raises MachineError."""
+def put(text: str, path: str | None, mode: str = "w") -> None:
+    """Write a file that an option names, or with mode "a" add to it; nothing where it is not given. Raises MachineError."""
     if path is not None:
         try:
-            with open(path, "a", encoding="utf-8") as file:
+            with open(path, mode, encoding="utf-8") as file:
                 file.write(text)
         except OSError as error:
             raise MachineError(f"cannot be written: {error.strerror}", where=path) from None
 
 
+pickle_option = click.option(
+    "--allow-pickle",
+    is_flag=True,
+    help="Read pickled weights (.bin, .pt) where there are no safetensors: their tensors alone, no code is run.",
+)
+
+
 def how_options(function: F) -> F:
-    """How a merge is run, which changes nothing of the result: `--device`, `--memory`, `--threads`, `--io`."""
+    """How a merge is run, which changes nothing of the result: `--device`, `--memory`, `--threads`, `--io`, `--allow-pickle`."""
     options = [
         click.option(
             "--device", default="cpu", show_default=True, metavar="cpu|cuda|cuda:N", help="Where blocks are computed."
@@ -241,6 +248,7 @@ def how_options(function: F) -> F:
             show_default=True,
             help="How inputs are read: mapped, or by call (safer where a disk may fail).",
         ),
+        pickle_option,
     ]
     for option in reversed(options):
         function = option(function)
@@ -332,13 +340,16 @@ def run(
     if locked:
         from mergeflow import locking
 
-        how["accept"] = locking.guard(checked, locking.lock_path(recipe), how["device"])
+        how["accept"] = locking.guard(checked, locking.lock_path(recipe), how["device"], how["allow_pickle"])
     with _Progress(quiet) as shown:
-        result = pipeline.run(
-            checked, out, force=force, fresh=fresh, progress=shown.update, planned=shown.planned, **how
-        )
-    for warning in result.warnings:
-        click.echo(f"warning: {printable(warning)}", err=True)
+
+        def planned(made: Any) -> None:
+            shown.planned(made)
+            warn(made.warnings)
+
+        result = pipeline.run(checked, out, force=force, fresh=fresh, progress=shown.update, planned=planned, **how)
+    if not result.made:
+        warn(result.warnings)
     seconds = time.perf_counter() - started
     if as_json:
         data = {
@@ -374,6 +385,7 @@ def run(
 @click.option("--device", default="cpu", show_default=True, metavar="cpu|cuda|cuda:N", help="Where it would run.")
 @memory_option
 @threads_option
+@pickle_option
 @json_option
 @summary_option
 @click.option("--graph", type=click.Choice(["mermaid"]), help="Print the recipe's graph instead, as a picture in text.")
@@ -384,14 +396,16 @@ def plan(
     device: str,
     memory: int | None,
     threads: int | None,
+    allow_pickle: bool,
     as_json: bool,
     summary: str | None,
     graph: str | None,
 ) -> None:
     """Say what a run would do, from headers alone.
 
-    Every problem that headers can show, or the tensors and files, bytes read and written, memory and time. No weight is
-    read; of a hub's models only configs, tokenizers, indexes and headers are fetched.
+    Every problem that headers can show, or the tensors and files, bytes read and written, memory and time. Of a hub's models only
+    configs, tokenizers, indexes and headers are fetched. No weights are read but, of models on this machine that are averaged, a
+    sample of some KiB, to warn where they have no common origin.
     """
     check_device(device)
     checked = recipe_of(recipe, settings)
@@ -401,9 +415,11 @@ def plan(
         click.echo(reporting.mermaid(checked), nl=False)
         return
     target = Path(out or checked.name)
-    made, budget, free = pipeline.foresee(checked, target, device=device, memory=memory, threads=threads)
+    made, budget, free = pipeline.foresee(
+        checked, target, device=device, memory=memory, threads=threads, allow_pickle=allow_pickle
+    )
     data = reporting.plan_data(made, device=device, threads=budget.threads, peak=budget.peak, free=free)
-    append_summary(summary, reporting.plan_markdown(data))
+    put(reporting.plan_markdown(data), summary, "a")
     click.echo(json.dumps(data, indent=1) if as_json else reporting.plan_text(data, target))
 
 
@@ -433,7 +449,7 @@ def lock(
     checked = recipe_of(recipe, settings)
     with (
         _Progress(quiet) as shown,
-        locking.making(checked, scratch=scratch, progress=shown.update, **how) as made,
+        locking.making(checked, scratch=scratch, progress=shown.update, planned=warn_of, **how) as made,
     ):
         locking.write_lock(made.lock, path := locking.lock_path(recipe))
     data = {"path": str(path), "tensors": len(made.lock.tensors), "inputs": len(made.lock.inputs)}
@@ -475,9 +491,11 @@ def check(
     checked = recipe_of(recipe, settings)
     lock = locking.read_lock(locking.lock_path(recipe))
     with _Progress(quiet) as shown:
-        found = locking.check(checked, lock, tolerance=tolerance, scratch=scratch, progress=shown.update, **how)
+        found = locking.check(
+            checked, lock, tolerance=tolerance, scratch=scratch, progress=shown.update, planned=warn_of, **how
+        )
     click.echo(json.dumps(locking.check_data(found), indent=1) if as_json else locking.check_text(found))
-    append_summary(summary, locking.check_markdown(found))
+    put(locking.check_markdown(found), summary, "a")
     if not found.passed:
         raise click.exceptions.Exit(1)
 
@@ -542,8 +560,11 @@ def validate(recipes: tuple[str, ...], settings: tuple[str, ...], as_json: bool)
 @click.option("--revision", help="A hub commit, tag or branch.")
 @click.option("--subfolder", help="The folder in the repository that holds the model.")
 @click.option("--file", help="The .safetensors file or index to read.")
+@pickle_option
 @json_option
-def inspect(model: str, revision: str | None, subfolder: str | None, file: str | None, as_json: bool) -> None:
+def inspect(
+    model: str, revision: str | None, subfolder: str | None, file: str | None, allow_pickle: bool, as_json: bool
+) -> None:
     """Show what a checkpoint or a LoRA adapter holds, from its headers.
 
     MODEL is a folder, a .safetensors file, or the name of a hub repository.
@@ -559,8 +580,56 @@ def inspect(model: str, revision: str | None, subfolder: str | None, file: str |
     if folder.exists(STATISTICS) and file is None:
         data = inspect_model(open_statistics(folder))
     else:
-        data = inspect_model(open_adapter(folder) if adapter else open_checkpoint(folder, file=file))
+        data = inspect_model(
+            open_adapter(folder, allow_pickle=allow_pickle)
+            if adapter
+            else open_checkpoint(folder, file=file, allow_pickle=allow_pickle)
+        )
     click.echo(json.dumps(data, indent=1) if as_json else inspect_text(data))
+
+
+@commands.command()
+@click.argument("first")
+@click.argument("second")
+@threads_option
+@click.option("--svg", type=click.Path(), metavar="FILE", help="Also write a picture of the change of each layer.")
+@json_option
+@click.option("-q", "--quiet", is_flag=True, help="No progress.")
+def diff(first: str, second: str, threads: int | None, svg: str | None, as_json: bool, quiet: bool) -> None:
+    """Say how far the model SECOND is from FIRST.
+
+    Relative change, cosine and largest difference of each layer and tensor, what moved most first; tensors, shapes, dtypes,
+    config and tokenizer that differ. Each is a folder, a .safetensors file or a hub name. The exit code is 0 whatever differs.
+    """
+    from mergeflow import comparing
+
+    with _Progress(quiet) as shown:
+        found = comparing.diff(
+            first, second, threads=threads, progress=lambda done, total: shown.update("read", done, total)
+        )
+    if svg:
+        put(comparing.diff_svg(found), svg)
+    click.echo(json.dumps(comparing.diff_data(found), indent=1) if as_json else comparing.diff_text(found))
+
+
+@commands.command()
+@click.argument("models", nargs=-1, required=True)
+@threads_option
+@json_option
+@click.option("-q", "--quiet", is_flag=True, help="No progress.")
+def lineage(models: tuple[str, ...], threads: int | None, as_json: bool, quiet: bool) -> None:
+    """Say of MODELS, two or more, which have a common origin.
+
+    Each two are the same, parent and child, fine-tunes of one parent (which is among the models, or not: siblings) or strangers, with the
+    numbers that show it.
+    """
+    from mergeflow import comparing
+
+    with _Progress(quiet) as shown:
+        found = comparing.lineage(
+            models, threads=threads, progress=lambda done, total: shown.update("read", done, total)
+        )
+    click.echo(json.dumps(comparing.lineage_data(found), indent=1) if as_json else comparing.lineage_text(found))
 
 
 @commands.command("eval")
@@ -777,6 +846,17 @@ def import_(config: str, out: str | None, force: bool) -> None:
     click.echo(f"{out}: written" if out else found.text, nl=bool(out))
 
 
+def warn_of(plan: Any) -> None:
+    """Print the warnings of a plan on stderr."""
+    warn(plan.warnings)
+
+
+def warn(warnings: Iterable[str]) -> None:
+    """Print warnings on stderr."""
+    for warning in warnings:
+        click.echo(f"warning: {printable(warning)}", err=True)
+
+
 def check_device(device: str) -> None:
     """Raise MergeflowError for a device that is not there, before anything is planned."""
     import re
@@ -827,22 +907,26 @@ class _Progress:
             self.say(f"{plan.name}: {len(plan.rows)} tensors, {size_text(plan.bytes_out)} to write")
 
     def update(self, what: str, done: int, total: int) -> None:
-        """Called from any thread: a race costs a count on the screen and nothing else."""
+        """Called from any thread: a race costs a count on the screen and nothing else.
+
+        What stands behind a comma in `what` is a note on the same work.
+        """
         if self.quiet:
             return
         if not done and not total:  # something to be told, and nothing to be counted
             self.close()
             self.say(printable(what))
             return
-        if (what, total) != (self.what, self.total):
+        name, _, note = what.partition(", ")
+        if (name, total) != (self.what, self.total):
             self.close()
-            self.what, self.done, self.total, self.started = what, 0, total, time.monotonic()
+            self.what, self.done, self.total, self.started = name, 0, total, time.monotonic()
             if self.terminal:
                 from tqdm import tqdm
 
                 self.bar = tqdm(
                     total=total,
-                    desc=what,
+                    desc=name,
                     unit=self._unit,
                     unit_scale=self._unit == "B",
                     leave=False,
@@ -851,6 +935,8 @@ class _Progress:
                 )
         self.done += done
         if self.bar is not None:
+            if note:
+                self.bar.set_postfix_str(note, refresh=False)
             self.bar.update(done)
         elif not self.terminal and time.monotonic() - self.spoke > self.LINE_SECONDS:
             self.spoke = now = time.monotonic()

@@ -284,6 +284,8 @@ def _spread_runs(elements: int) -> list[tuple[int, int]]:
 
 
 def _span(tensor: StoredTensor, start: int, stop: int) -> tuple[int, int]:
+    if tensor.strides:  # its rows are anywhere in what it covers
+        return tensor.begin, tensor.end
     return tensor.begin + start * tensor.dtype.size, tensor.begin + stop * tensor.dtype.size
 
 
@@ -397,6 +399,15 @@ class _File:
             )
 
     def read(self, tensor: StoredTensor, start: int, stop: int) -> Tensor:
+        if tensor.strides:
+            inner = tensor.elements // tensor.shape[0]
+            top, bottom = start // inner, -(-stop // inner)
+            rows = self._stretch(tensor, 0, 0).as_strided(tensor.shape, tensor.strides)[top:bottom]
+            return rows.contiguous().view(-1)[start - top * inner : stop - top * inner]
+        return self._stretch(tensor, start, stop)
+
+    def _stretch(self, tensor: StoredTensor, start: int, stop: int) -> Tensor:
+        """What lies between two elements of a tensor in the file; of one with strides, all that it covers."""
         import torch
 
         first, end = _span(tensor, start, stop)

@@ -189,9 +189,18 @@ class Stacked:
 
 
 @dataclass(frozen=True, slots=True)
+class Needs:
+    """About what a stage takes: bytes on the cache's disk, bytes of memory beside activations, and seconds."""
+
+    disk: int
+    memory: int
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
 class PlannedStage:
     """A stage of a recipe: its node and op, the model or node that it runs, on what data, the key of its artifact in the
-    cache, and whether that is there (`done`)."""
+    cache, whether that is there (`done`), and what making it takes, where that can be told."""
 
     node: str
     op: str
@@ -199,6 +208,7 @@ class PlannedStage:
     data: str | None
     key: str
     done: bool
+    needs: Needs | None = None
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -55,7 +55,7 @@ def lay_out(
     in; where that leaves a file empty or gives two one name, and with `shard_size`, they are packed anew in order. A tensor
     larger than `shard_size` has a file of its own.
     """
-    plain = {name: PurePosixPath(name).name for name in like_files}
+    plain = {name: _written(name) for name in like_files}
     follows = len(set(plain.values())) == len(plain) and {t.like_file for t in tensors} - {None} == set(like_files)
     found = _NUMBERED.fullmatch(plain[like_files[0]]) if like_files else None
     stem = found[1] if found else "model"
@@ -96,3 +96,9 @@ def _packed(tensors: Sequence[Tensor], limit: int) -> list[list[Tensor]]:
         packed[-1].append(tensor)
         filled += tensor.nbytes
     return packed
+
+
+def _written(file: str) -> str:
+    """What a file of weights is called in an output, whose files are safetensors: `pytorch_model.bin` is model.safetensors."""
+    name = PurePosixPath(file)
+    return name.name if name.suffix == ".safetensors" else f"{name.stem.removeprefix('pytorch_')}.safetensors"

@@ -296,7 +296,9 @@ def _versions(plan: Plan, recipe: Recipe) -> dict[str, int]:
 # Run --locked
 
 
-def guard(recipe: Recipe, path: Path, device: str = "cpu") -> Callable[[Mapping[str, Any]], None]:
+def guard(
+    recipe: Recipe, path: Path, device: str = "cpu", allow_pickle: bool = False
+) -> Callable[[Mapping[str, Any]], None]:
     """What `run --locked` holds a run against, before it reads a weight and again with all that was read.
 
     Raises RecipeError where there is no lock or the recipe is another one than was locked, InputError for inputs that have drifted: at
@@ -311,7 +313,11 @@ def guard(recipe: Recipe, path: Path, device: str = "cpu") -> Callable[[Mapping[
             fix="Look at what changed, then run `mergeflow lock` again.",
         )
     _refuse(
-        path, [*_drifted(lock, recipe), *_stage_changes(lock.stages, _stages(recipe, device) if lock.stages else {})]
+        path,
+        [
+            *_drifted(lock, recipe, allow_pickle),
+            *_stage_changes(lock.stages, _stages(recipe, device, allow_pickle) if lock.stages else {}),
+        ],
     )
 
     def accept(inputs: Mapping[str, Any]) -> None:
@@ -321,12 +327,12 @@ def guard(recipe: Recipe, path: Path, device: str = "cpu") -> Callable[[Mapping[
     return accept
 
 
-def _drifted(lock: Lock, recipe: Recipe) -> list[str]:
+def _drifted(lock: Lock, recipe: Recipe, allow_pickle: bool) -> list[str]:
     """In what the recipe's inputs are others than were locked, as far as headers show it.
 
     A model that only stages run is none of them: its weights are in the keys of their artifacts.
     """
-    opened = pipeline.open_models(recipe)
+    opened = pipeline.open_models(recipe, allow_pickle)
     found = {
         name: before.model_copy(
             update={
@@ -340,8 +346,9 @@ def _drifted(lock: Lock, recipe: Recipe) -> list[str]:
     return [*_input_changes(lock.inputs, found)]
 
 
-def _stages(recipe: Recipe, device: str) -> dict[str, str]:
-    return {stage.node: stage.key for stage in pipeline.plan(recipe, device=device).stages}
+def _stages(recipe: Recipe, device: str, allow_pickle: bool) -> dict[str, str]:
+    made = pipeline.plan(recipe, device=device, allow_pickle=allow_pickle)
+    return {stage.node: stage.key for stage in made.stages}
 
 
 def _stage_changes(before: Mapping[str, str], now: Mapping[str, str]) -> Iterator[str]:
@@ -430,6 +437,7 @@ def check(
     tolerance: float | None = None,
     scratch: str | Path | None = None,
     progress: Progress = lambda what, done, total: None,
+    planned: Callable[[Plan], None] = lambda plan: None,
     **how: Any,
 ) -> Check:
     """Make the merge and hold it against its lock and against what the recipe expects of it.
@@ -440,10 +448,11 @@ def check(
     """
     limits: dict[str, float] = {}
 
-    def planned(plan: Plan) -> None:  # patterns that fit nothing are said before a weight is read
-        limits.update(_limits(recipe, plan, tolerance))
+    def limited(plan: Plan) -> None:
+        planned(plan)
+        limits.update(_limits(recipe, plan, tolerance))  # patterns that fit nothing are said before a weight is read
 
-    with making(recipe, scratch=scratch, progress=progress, planned=planned, **how) as made:
+    with making(recipe, scratch=scratch, progress=progress, planned=limited, **how) as made:
         expected = [*_finite(recipe.expect, made.lock), *_measured(recipe, made.folder, progress, **how)]
         return Check(
             recipe.name,

@@ -26,6 +26,7 @@ from mergeflow import __version__
 from mergeflow.checkpoint import Checkpoint, open_checkpoint
 from mergeflow.checkpoint.adapter import open_adapter
 from mergeflow.checkpoint.statistics import STATISTICS, open_statistics
+from mergeflow.comparing import sample
 from mergeflow.document import dump_yaml
 from mergeflow.errors import (
     InputError,
@@ -52,7 +53,7 @@ from mergeflow.planning import (
     needed_models,
     plan_digest,
 )
-from mergeflow.preparing import Runner, Stage, asked_digest, prepare, stages_of
+from mergeflow.preparing import Runner, Stage, asked_digest, check_memory, prepare, stages_of
 from mergeflow.publishing import CARD, RECIPE, side_files
 from mergeflow.recipe import ArtifactSource, ModelSource, Recipe
 from mergeflow.writing import Finished, Staging, finished_digest, free_bytes, refuse, repair
@@ -96,7 +97,7 @@ def _no_collection() -> Iterator[None]:
 
 
 @_no_collection()
-def open_models(recipe: Recipe) -> dict[str, Checkpoint]:
+def open_models(recipe: Recipe, allow_pickle: bool = False) -> dict[str, Checkpoint]:
     """The headers of every model the recipe's outputs ask for. Raises all that fail, together."""
     models: dict[str, Checkpoint] = {}
     errors: list[MergeflowError] = []
@@ -108,11 +109,11 @@ def open_models(recipe: Recipe) -> dict[str, Checkpoint]:
                 source.location, revision=source.revision, subfolder=source.subfolder, relative_to=recipe.folder
             )
             if isinstance(source, ModelSource) and source.adapter is not None:
-                models[name] = open_adapter(folder)
+                models[name] = open_adapter(folder, allow_pickle=allow_pickle)
             elif isinstance(source, ArtifactSource) and folder.exists(STATISTICS):
                 models[name] = open_statistics(folder)
             else:
-                models[name] = open_checkpoint(folder, file=source.file)
+                models[name] = open_checkpoint(folder, file=source.file, allow_pickle=allow_pickle)
         except MergeflowError as error:
             errors.append(error.placed(recipe.where((section, name))))
     raise_all(errors)
@@ -120,14 +121,14 @@ def open_models(recipe: Recipe) -> dict[str, Checkpoint]:
 
 
 @_no_collection()
-def plan(recipe: Recipe, *, out: str | Path | None = None, device: str = "cpu") -> Plan:
+def plan(recipe: Recipe, *, out: str | Path | None = None, device: str = "cpu", allow_pickle: bool = False) -> Plan:
     """Everything headers can tell about a run of the recipe; no weight is read.
 
-    With `out` the written recipe's local paths are relative to it. `device` is where its stages run. Raises every problem found,
-    together.
+    With `out` the written recipe's local paths are relative to it. `device` is where its stages run. Pickled weights are
+    refused without `allow_pickle`, which no recipe can give. Raises every problem found, together.
     """
-    opened = open_models(recipe)
-    prepared = prepare(recipe, opened, foresee=_foresee(device), device=device)
+    opened = open_models(recipe, allow_pickle)
+    prepared = prepare(recipe, opened, foresee=_foresee(device, allow_pickle), device=device)
     models = {**opened, **prepared.artifacts}
     recipe = prepared.recipe
     made = make_plan(recipe, {name: models[name] for name in needed_models(recipe)})
@@ -194,6 +195,7 @@ def plan(recipe: Recipe, *, out: str | Path | None = None, device: str = "cpu") 
                 ", ".join(given.data for given in one.node.inputs if given.data) or None,
                 one.key,
                 one.done,
+                one.needs,
             )
             for one in prepared.stages
         ),
@@ -201,9 +203,9 @@ def plan(recipe: Recipe, *, out: str | Path | None = None, device: str = "cpu") 
     )
 
 
-def _foresee(device: str) -> Callable[[Recipe], Plan]:
+def _foresee(device: str, allow_pickle: bool) -> Callable[[Recipe], Plan]:
     """The plan of a recipe, for what its stages run."""
-    return lambda asked: plan(asked, device=device)
+    return lambda asked: plan(asked, device=device, allow_pickle=allow_pickle)
 
 
 def _digest_beside(files: list[SideFile], models: Mapping[str, Checkpoint]) -> str:
@@ -258,6 +260,7 @@ def run(
     reading: Reading = "auto",
     force: bool = False,
     fresh: bool = False,
+    allow_pickle: bool = False,
     progress: Progress = lambda what, done, total: None,
     planned: Callable[[Plan], None] = lambda plan: None,
     accept: Callable[[Mapping[str, Any]], None] = lambda inputs: None,
@@ -266,7 +269,8 @@ def run(
     """Make the recipe's output at `out` (default: `./<name>`), going on where a killed run of the same plan stopped.
 
     `memory` is what mergeflow may allocate, in bytes (default: a quarter of the machine's); `force` replaces a finished
-    output of another plan, `fresh` forgets what a killed run left. Nothing is left that looks finished unless it is.
+    output of another plan, `fresh` forgets what a killed run left.
+    `allow_pickle` reads pickled weights, of which only the tensors are. Nothing is left that looks finished unless it is.
     `accept` is shown what was read, as the manifest has it (`inputs`), before anything is published, and refuses by an InputError;
     `watch` may put something between the executor and the writer, which then sees every byte of every row.
     Raises any MergeflowError; on the first SIGINT or SIGTERM, Interrupted after the blocks in flight.
@@ -274,21 +278,22 @@ def run(
     clock = _Clock()
     target = Path(out) if out is not None else Path(recipe.name)
     repair(target)
-    stages, asked = _stages(recipe, device)
+    stages, asked = _stages(recipe, device, allow_pickle)
     told = tuple((stage.node.name, stage.key, stage.done) for stage in stages)
     if not fresh and not all(stage.done for stage in stages) and (kept := _made_as_asked(target, recipe, asked)):
         accept(_recorded_inputs(target, next(iter(recipe.outputs))))
         found = tuple(one for one in told if one[2])
         return Result(target, kept[0], made=False, rows=kept[1], stages=found)
-    _run_stages(recipe, device, threads, memory, progress, stages)
+    _run_stages(recipe, device, threads, memory, allow_pickle, progress, stages)
     clock.lap("stages")
-    made = plan(recipe, out=target, device=device)
+    made = plan(recipe, out=target, device=device, allow_pickle=allow_pickle)
     stamps = _stamps(made)
     clock.lap("plan")
     if not fresh and finished_digest(target) == made.digest:
         accept(_recorded_inputs(target, next(iter(recipe.outputs))))
         return Result(target, made.digest, made=False, rows=len(made.rows), warnings=made.warnings, stages=told)
     _check_target(made, target, force)
+    made = _with_sample(made)
     planned(made)
     budget = Budget.of(made, memory, threads)
     clock.lap("budget")
@@ -368,6 +373,7 @@ def recompute(
     threads: int | None = None,
     memory: int | None = None,
     reading: Reading = "auto",
+    allow_pickle: bool = False,
     progress: Progress = lambda what, done, total: None,
 ) -> dict[tuple[str, str], str]:
     """Make some tensors of a recipe again and write none of them; the digest of each, by output and name.
@@ -378,8 +384,8 @@ def recompute(
     """
     from mergeflow.executing import execute
 
-    _run_stages(recipe, device, threads, memory, progress, _stages(recipe, device)[0])
-    made = plan(recipe, device=device)
+    _run_stages(recipe, device, threads, memory, allow_pickle, progress, _stages(recipe, device, allow_pickle)[0])
+    made = plan(recipe, device=device, allow_pickle=allow_pickle)
     rows = tuple(row for row in made.rows if (row.output, row.name) in wanted)
     made = replace(made, rows=rows, loads=tuple(loads(*(row.expression for row in rows))), equal=())
     stamps = _stamps(made)
@@ -421,11 +427,11 @@ class _Digests:
         self.done[row] = Finished(digest, inputs)
 
 
-def _stages(recipe: Recipe, device: str) -> tuple[tuple[Stage, ...], str]:
+def _stages(recipe: Recipe, device: str, allow_pickle: bool) -> tuple[tuple[Stage, ...], str]:
     """The stages that the outputs ask for, as the cache has them, and a digest of all that the run is given; none without stages."""
     if not any(isinstance(node.op, StageOp) for node in recipe.nodes.values()):
         return (), ""
-    opened = open_models(recipe)
+    opened = open_models(recipe, allow_pickle)
     stages = stages_of(recipe, opened, device)
     return stages, asked_digest(recipe, opened, stages, device) if stages else ""
 
@@ -453,6 +459,7 @@ def _run_stages(
     device: str,
     threads: int | None,
     memory: int | None,
+    allow_pickle: bool,
     progress: Progress,
     stages: tuple[Stage, ...],
 ) -> None:
@@ -461,18 +468,37 @@ def _run_stages(
         return
     from mergeflow.executing import threads_for
 
-    foresee = _foresee(device)
-    opened = open_models(recipe)
-    plan(recipe, device=device)  # What headers can show is said before hours of collecting, not after.
+    foresee = _foresee(device, allow_pickle)
+    opened = open_models(recipe, allow_pickle)
+    # What headers can show is said before hours of collecting, not after.
+    plan(recipe, device=device, allow_pickle=allow_pickle)
+    memory = memory or max(total_memory() // 4, LEAST_MEMORY)
+    if device == "cpu":
+        check_memory(recipe, prepare(recipe, opened, foresee=foresee, device=device).stages, memory)
     with _signals() as stop:
 
         def materialise(asked: Recipe, node: str, folder: Path) -> None:
-            run(asked.giving(node), folder, device=device, threads=threads, memory=memory, progress=progress)
+            run(
+                asked.giving(node),
+                folder,
+                device=device,
+                threads=threads,
+                memory=memory,
+                allow_pickle=allow_pickle,
+                progress=progress,
+            )
 
-        runner = Runner(
-            device, threads_for(threads), memory or max(total_memory() // 4, LEAST_MEMORY), stop, progress, materialise
-        )
+        runner = Runner(device, threads_for(threads), memory, stop, progress, materialise)
         prepare(recipe, opened, foresee=foresee, device=device, make=runner.make)
+
+
+def _with_sample(made: Plan) -> Plan:
+    """The plan with a warning for models that it averages and that look like strangers, told from a few KiB of each."""
+    found = sample(made)
+    if not found.size:
+        return made
+    note = f"{-(-found.size // 1024)} KiB of weights were sampled, to tell whether the models that are averaged have a common origin"
+    return replace(made, warnings=(*made.warnings, *found.warnings), notes=(*made.notes, note))
 
 
 def _check_target(made: Plan, target: Path, force: bool) -> None:
@@ -835,13 +861,20 @@ def _check_written(folder: Path, target: Path, outputs: Iterable[str], threads: 
 
 
 def foresee(
-    recipe: Recipe, out: Path, *, device: str = "cpu", memory: int | None = None, threads: int | None = None
+    recipe: Recipe,
+    out: Path,
+    *,
+    device: str = "cpu",
+    memory: int | None = None,
+    threads: int | None = None,
+    allow_pickle: bool = False,
 ) -> tuple[Plan, Budget, int]:
     """The plan of a run into `out`, how it would spend memory, and the bytes free on that disk.
 
-    Raises what a run would raise before it reads a weight, a disk that is too small included.
+    It samples the models that are averaged (mergeflow.comparing.sample): beside headers the one thing that is read. Raises what a run
+    would raise before it reads weights, a disk that is too small included.
     """
-    made = plan(recipe, out=out, device=device)
+    made = _with_sample(plan(recipe, out=out, device=device, allow_pickle=allow_pickle))
     budget = Budget.of(made, memory, threads)
     free = free_bytes(out)
     if free < made.bytes_out:

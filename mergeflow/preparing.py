@@ -16,7 +16,8 @@ import stat
 import tempfile
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from importlib.metadata import version
 from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,7 +25,7 @@ from typing import TYPE_CHECKING, Any
 from blake3 import blake3
 
 from mergeflow import __version__, cache
-from mergeflow.checkpoint import SINGLE, Checkpoint, StoredTensor, WeightFile, open_checkpoint
+from mergeflow.checkpoint import SINGLE, WRITE_FIRST, Checkpoint, StoredTensor, WeightFile, open_checkpoint
 from mergeflow.checkpoint.adapter import Adapter
 from mergeflow.checkpoint.sources import Zeros
 from mergeflow.checkpoint.statistics import Facts, ModelNote, Statistics, marks, open_statistics
@@ -40,17 +41,19 @@ from mergeflow.errors import (
     RecipeError,
     did_you_mean,
 )
-from mergeflow.graph import Made, Plan, Row, Shard
+from mergeflow.graph import Made, Needs, Plan, Row, Shard
 from mergeflow.hub import SMALL_FILE, LocalFolder, is_local, locate
 from mergeflow.layout import Tensor as PlacedTensor
 from mergeflow.layout import lay_out
 from mergeflow.manifest import FORMAT, MANIFEST, encode_manifest, file_facts, shard_facts
 from mergeflow.ops import op_named
+from mergeflow.ops.fuse import Fuse
 from mergeflow.ops.statistics import StageOp, StatisticsOp
 from mergeflow.planning import SPACE_KEY, references
 from mergeflow.recipe import ArtifactSource, DataSource, ModelSource, Node, Recipe
-from mergeflow.writing import Staging, finished_digest, repair
+from mergeflow.writing import Staging, finished_digest, free_bytes, repair
 from mergeflow.writing.claim import Claim
+from mergeflow.writing.disk import sync_path
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -69,6 +72,10 @@ class Stage:
     data: tuple[DataSource | None, ...]
     key: str
     done: bool
+    identities: tuple[str, ...] = ()
+    """A digest of all that decides each of the models."""
+    needs: Needs | None = None
+    """What making it takes, of what has not been made and can be told."""
 
     @property
     def path(self) -> Path:
@@ -174,9 +181,11 @@ def prepare(
         known[node.name] = stage.key
         opened_one: Checkpoint | None = None
         if not stage.done:
+            _refuse_pickles(recipe, stage, opened)
             models = _models_of(recipe, stage, opened, artifacts, foresee)
             if make is None:
-                opened_one = _foreseen(recipe, stage, models)
+                opened_one, needs = _foreseen(recipe, stage, models, device)
+                stage = replace(stage, needs=needs)
             else:
                 make(stage, recipe.with_made({one.node.name: one.source for one in stages}))
                 _check_unchanged(recipe, stage, opened, known, device)
@@ -214,6 +223,15 @@ def asked_digest(recipe: Recipe, opened: Mapping[str, Checkpoint], stages: Seque
     )
 
 
+def _refuse_pickles(recipe: Recipe, stage: Stage, opened: Mapping[str, Checkpoint]) -> None:
+    """Raise InputError for a stage that would run pickled weights: libraries would open these in their own way."""
+    for name in stage.models:
+        if name in opened and opened[name].pickled:
+            raise InputError(
+                f"runs '{name}', whose weights are pickles", where=recipe.where(stage.node.path), fix=WRITE_FIRST
+            )
+
+
 def _in_order(recipe: Recipe) -> Iterator[Node]:
     """The stage nodes that the outputs need, each after those that it needs itself."""
     outputs = recipe.outputs.values()
@@ -239,14 +257,15 @@ def _stage(
     data = tuple(recipe.data.get(one.data) if one.data else None for one in node.inputs)
     seed = recipe.seed if node.seed is None else node.seed
     digests = dict(known)
+    identities = tuple(_identity(recipe, model, opened, digests) for model in models)
     key = cache.artifact_key(
         {
             "op": node.op.name,
             "version": node.op.version,
-            "parameters": node.op.model_dump(mode="json"),
+            "parameters": node.op.deciding,
             "only": node.only,
             "seed": seed if node.op.seeded else None,
-            "models": [_identity(recipe, model, opened, digests) for model in models],
+            "models": identities,
             "data": [
                 _data_identity(recipe, str(one.data), source) if source else None
                 for one, source in zip(node.inputs, data, strict=True)
@@ -256,7 +275,7 @@ def _stage(
     )
     path = cache.artifact_path(key)
     repair(path)
-    return Stage(node, node.op, models, data, key, done=finished_digest(path) is not None)
+    return Stage(node, node.op, models, data, key, done=finished_digest(path) is not None, identities=identities)
 
 
 def _check_unchanged(
@@ -331,14 +350,17 @@ def _files_identity(checkpoint: Checkpoint) -> Any:
     weights = [
         [file.name, file.size, file.header_digest, checkpoint.stamp(file.name)] for file in checkpoint.files.values()
     ]
-    if folder.revision is not None:
-        return [weights, folder.revision]
-    beside = [
+    return [weights, _beside_identity(checkpoint) if folder.revision is None else folder.revision]
+
+
+def _beside_identity(checkpoint: Checkpoint) -> Any:
+    """The side files that may decide what a model reads, with a digest of each."""
+    folder = checkpoint.folder
+    return [
         [name, blake3(folder.read(name)).hexdigest()]
         for name in sorted(folder.names())
         if "/" not in name and name.endswith(BESIDE) and name != MANIFEST
     ]
-    return [weights, beside]
 
 
 def _data_identity(recipe: Recipe, name: str, data: DataSource) -> Any:
@@ -383,13 +405,17 @@ def _models_of(
 ) -> tuple[Checkpoint | Plan, ...]:
     """The models that a stage runs: of a node its plan. Raises RecipeError where one is no whole model."""
     at: tuple[str | int, ...] = stage.node.path
-    several = stage.op.takes == "inputs"
     return tuple(
-        _model_of(
-            recipe, stage, name, opened, artifacts, foresee, (*at, "inputs", index) if several else (*at, "model")
-        )
+        _model_of(recipe, stage, name, opened, artifacts, foresee, (*at, *_steps(stage.op.takes, index)))
         for index, name in enumerate(stage.models)
     )
+
+
+def _steps(takes: str, index: int) -> tuple[str | int, ...]:
+    """Where a node names one of the models that its stage runs."""
+    if takes == "sources":
+        return ("sources", index - 1) if index else ("target",)
+    return ("inputs", index) if takes == "inputs" else ("model",)
 
 
 def _model_of(
@@ -426,26 +452,35 @@ def _model_of(
     return found
 
 
-def _foreseen(recipe: Recipe, stage: Stage, models: Sequence[Checkpoint | Plan]) -> Checkpoint:
-    """The headers that a stage would make, from its models' configs and headers."""
+def _foreseen(
+    recipe: Recipe, stage: Stage, models: Sequence[Checkpoint | Plan], device: str
+) -> tuple[Checkpoint, Needs | None]:
+    """The headers that a stage would make, from its models' configs and headers, and what making it takes.
+
+    Raises MachineError where the disk cannot hold what it makes.
+    """
     try:
         with contextlib.ExitStack() as stack:
             folders = [stack.enter_context(_skeleton(model)) for model in models]
             if isinstance(stage.op, StatisticsOp):
-                return _foreseen_statistics(stage, stage.op, folders[0])
-            return _foreseen_model(stage, folders, models[0])
+                return _foreseen_statistics(stage, stage.op, folders[0]), None
+            return _foreseen_model(stage, folders, models[0]), _needs(recipe, stage, folders, device)
     except MergeflowError as error:
         raise error.placed(recipe.where(stage.node.path)) from None
 
 
 def _foreseen_model(stage: Stage, folders: Sequence[Path], first: Checkpoint | Plan) -> Checkpoint:
-    """The merged model's headers, as they will be, and the first model's side files beside them."""
+    """The made model's headers, as they will be, and the first model's side files beside them."""
     from mergeflow.ops.regmean_pp import RegMeanPP
     from mergeflow.stages import models, regmean_pp
+    from mergeflow.stages.fuse import running
 
-    assert isinstance(stage.op, RegMeanPP)
     opened = [models.open_folder(folder) for folder in folders]
-    regmean_pp.check(stage.op, opened)
+    if isinstance(stage.op, Fuse):
+        running.check(stage.op, opened[0], opened[1:])
+    else:
+        assert isinstance(stage.op, RegMeanPP)
+        regmean_pp.check(stage.op, opened)
     tensors = opened[0].checkpoint.tensors
     placed = [PlacedTensor(name, tensors[name].dtype, tensors[name].shape) for name in sorted(tensors)]
     found, index = lay_out(placed, like_files=[], shard_size=None, metadata=regmean_pp.METADATA)
@@ -454,6 +489,39 @@ def _foreseen_model(stage: Stage, folders: Sequence[Path], first: Checkpoint | P
     return open_checkpoint(
         ForeseenFolder(label, stage.key, beside, {file.name: (file.header, file.size) for file in found})
     )
+
+
+def _needs(recipe: Recipe, stage: Stage, folders: Sequence[Path], device: str) -> Needs | None:
+    """What a fuse takes. What the cache holds may be part of it, so a disk is too small only where that would not do either."""
+    data = stage.data[0]
+    if not isinstance(stage.op, Fuse) or data is None:
+        return None
+    from mergeflow.stages import models
+    from mergeflow.stages.data import local_path
+    from mergeflow.stages.fuse import estimating
+
+    if local_path(data, recipe.folder) is None:
+        return None  # a plan fetches no data
+    target, *sources = (models.open_folder(folder) for folder in folders)
+    found = estimating.needs(stage.op, target, sources, estimating.sizes(data, recipe.folder), device)
+    free = free_bytes(cache.root()) + sum(entry.size for entry in cache.entries())
+    if found.disk > free:
+        raise MachineError(
+            f"takes about {found.disk:,} bytes in the cache, and its disk has {free:,} free",
+            fix="Make room, or set MERGEFLOW_CACHE to a folder on another disk.",
+        )
+    return found
+
+
+def check_memory(recipe: Recipe, stages: Sequence[Stage], memory: int) -> None:
+    """Raises MachineError for a stage that takes more memory than there may be."""
+    for stage in stages:
+        if not stage.done and stage.needs is not None and stage.needs.memory > memory:
+            raise MachineError(
+                f"takes {stage.needs.memory:,} bytes of memory beside activations, and may take {memory:,}",
+                where=recipe.where(stage.node.path),
+                fix="Give it more --memory, or a smaller target.",
+            )
 
 
 def _side_files(model: Checkpoint | Plan, wanted: Callable[[str], bool]) -> dict[str, bytes]:
@@ -550,7 +618,17 @@ class Runner:
             work.parent.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise MachineError(f"cannot be made: {error.strerror}", where=str(work.parent)) from None
-        claim = self._claim(stage, work)
+        try:
+            with self._claimed(stage.path, work):
+                if finished_digest(stage.path) is None:
+                    self._make(stage, recipe, work)
+        except MergeflowError as error:
+            raise error.placed(recipe.where(stage.node.path)) from None
+
+    @contextlib.contextmanager
+    def _claimed(self, path: Path, work: Path) -> Iterator[None]:
+        """Hold the right to make the artifact at `path`. In `work` stays what a later run can go on from, and nothing else."""
+        claim = self._claim(path, work)
         lost: list[MergeflowError] = []
 
         def taken(error: MergeflowError) -> None:
@@ -559,8 +637,7 @@ class Runner:
 
         try:
             claim.beat(taken)
-            if finished_digest(stage.path) is None:
-                self._make(stage, recipe, work)
+            yield
             shutil.rmtree(work, ignore_errors=True)
         except MergeflowError as error:
             if lost:
@@ -568,19 +645,23 @@ class Runner:
             if not isinstance(error, Interrupted | MachineError):
                 # The same inputs would end here again.
                 shutil.rmtree(work, ignore_errors=True)
-            raise error.placed(recipe.where(stage.node.path)) from None
+            raise
         finally:
             claim.release()
 
-    def _claim(self, stage: Stage, work: Path) -> Claim:
-        """The right to make an artifact, once no other run holds it."""
+    def _claim(self, path: Path, work: Path) -> Claim:
+        """The right to make the artifact at `path`, once no other run holds it."""
         while True:
             try:
-                return Claim.take(work, stage.path)
+                return Claim.take(work, path)
             except ClaimedError:
-                self.progress("wait", 0, 0)
-                if self.stop.wait(WAIT_SECONDS):
-                    raise Interrupted("stopped") from None
+                self._wait()
+
+    def _wait(self) -> None:
+        """Wait for another run."""
+        self.progress("wait", 0, 0)
+        if self.stop.wait(WAIT_SECONDS):
+            raise Interrupted("stopped") from None
 
     def _make(self, stage: Stage, recipe: Recipe, work: Path) -> None:
         if not isinstance(stage.op, StatisticsOp):
@@ -619,6 +700,9 @@ class Runner:
 
     def _merge(self, stage: Stage, recipe: Recipe, work: Path) -> None:
         """Run a stage that merges several models, each on data of its own."""
+        if isinstance(stage.op, Fuse):
+            self._fuse(stage, stage.op, recipe, work)
+            return
         from mergeflow.ops.regmean_pp import RegMeanPP
         from mergeflow.stages import regmean_pp
 
@@ -644,6 +728,70 @@ class Runner:
         )
         job.work.mkdir(exist_ok=True)
         regmean_pp.run(job)
+
+    def _fuse(self, stage: Stage, op: Fuse, recipe: Recipe, work: Path) -> None:
+        """Run a stage that trains its first model on what the others give. What it keeps on the way is in the cache too."""
+        from mergeflow.stages.fuse import job, running
+
+        data = stage.data[0]
+        assert data is not None
+        found = [
+            self._kept_model(name, told, recipe) for name, told in zip(stage.models, stage.identities, strict=True)
+        ]
+        made = job.FuseJob(
+            op=op,
+            target=found[0][0],
+            sources=tuple(folder for folder, _ in found[1:]),
+            digests=tuple(self._digest(checkpoint) for _, checkpoint in found),
+            data=data,
+            corpus=_data_identity(recipe, str(stage.node.inputs[0].data), data),
+            folder=recipe.folder,
+            work=work / "stage",
+            write=self._write(stage),
+            kept=self._kept,
+            free=lambda: free_bytes(cache.root()),
+            device=self.device,
+            memory=self.memory,
+            threads=self.threads,
+            seed=recipe.seed if stage.node.seed is None else stage.node.seed,
+            progress=self.progress,
+            stop=self.stop,
+        )
+        made.work.mkdir(exist_ok=True)
+        running.run(made)
+
+    def _digest(self, checkpoint: Checkpoint) -> str:
+        """A digest of a model by its tensors and side files, wherever it lies."""
+        tensors = _digest_of(checkpoint, self.stop, self.progress)
+        return cache.artifact_key({"tensors": tensors, "beside": _beside_identity(checkpoint)})
+
+    def _kept_model(self, name: str, identity: str, recipe: Recipe) -> tuple[Path, Checkpoint]:
+        """The local folder of a model, and its headers; of a node what lies in the cache, where it is written once."""
+        path = cache.artifact_path(cache.artifact_key({"model": identity, "made by": [__version__, version("torch")]}))
+        if name in recipe.models or finished_digest(path) is None:
+            while True:
+                try:
+                    return self._model(name, recipe, path)
+                except ClaimedError:
+                    self._wait()
+        cache.mark_used(path)
+        return path, open_checkpoint(LocalFolder(str(path), path))
+
+    def _kept(self, parts: Mapping[str, Any], make: Callable[[Path], None]) -> Path:
+        """What these parts decide: a folder in the cache, filled by `make` where it is not there. It is all or nothing."""
+        key = cache.artifact_key(parts)
+        path, work = cache.artifact_path(key), cache.work_path(key)
+        if finished_digest(path) is None:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            work.parent.mkdir(parents=True, exist_ok=True)
+            with self._claimed(path, work):
+                if finished_digest(path) is None:
+                    inside = work / "made"
+                    inside.mkdir(exist_ok=True)
+                    make(inside)
+                    _publish(inside, path, key)
+        cache.mark_used(path)
+        return path
 
     def _write(self, stage: Stage) -> Callable[[Mapping[str, Tensor], Mapping[str, bytes], Mapping[str, str]], None]:
         return lambda tensors, files, metadata: write_artifact(
@@ -763,6 +911,27 @@ def write_artifact(
         }
         staging.add(MANIFEST, encode_manifest(manifest))
         staging.publish()
+
+
+def _publish(made: Path, target: Path, key: str) -> None:
+    """Put a folder of files into the cache: its bytes durable, a manifest in it, and one rename."""
+    files = sorted(path for path in made.rglob("*") if path.is_file() and path.name != MANIFEST)
+    try:
+        told = {}
+        for path in files:
+            told[str(path.relative_to(made))] = {
+                "size": path.stat().st_size,
+                "digest": blake3(max_threads=blake3.AUTO).update_mmap(path).hexdigest(),
+            }
+            sync_path(path)
+        manifest = {"format": FORMAT, "plan": key, "stage": key, "tensors": {}, "shards": {}, "files": told}
+        (made / MANIFEST).write_bytes(encode_manifest(manifest))
+        sync_path(made / MANIFEST)
+        sync_path(made)
+        made.rename(target)
+        sync_path(target.parent)
+    except OSError as error:
+        raise MachineError(f"cannot be written: {error.strerror}", where=str(target)) from None
 
 
 def statistics_recipe(

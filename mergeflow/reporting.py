@@ -95,7 +95,7 @@ def plan_text(data: Mapping[str, Any], out: Path) -> str:
     lines += [""] * bool(data["stages"])
     lines += [
         f"  {'in cache' if stage['done'] else 'runs':<8} {stage['node']:<16} {stage['op']} of {stage['model']}"
-        f"{' on ' + stage['data'] if stage['data'] else ''}  {stage['key'][:12]}"
+        f"{' on ' + stage['data'] if stage['data'] else ''}  {stage['key'][:12]}{_needs_text(stage['needs'])}"
         for stage in data["stages"]
     ]
     kinds: dict[str, list[str]] = {}
@@ -121,6 +121,16 @@ def plan_text(data: Mapping[str, Any], out: Path) -> str:
     lines += [f"  note     {note}" for note in data["notes"]]
     lines += [f"  warning  {warning}" for warning in data["warnings"]]
     return printable("\n".join(lines))
+
+
+def _needs_text(needs: Mapping[str, Any] | None) -> str:
+    """What making a stage takes, as words; empty where that is not known."""
+    if needs is None:
+        return ""
+    return (
+        f"\n{'':<27} about {needs['seconds']:g} s, {size_text(needs['disk'])} of disk, "
+        f"{size_text(needs['memory'])} of memory beside activations"
+    )
 
 
 def plan_markdown(data: Mapping[str, Any]) -> str:

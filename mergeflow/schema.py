@@ -18,7 +18,7 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, get_args
 
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
@@ -28,6 +28,7 @@ from pydantic_core import core_schema
 from mergeflow.errors import RecipeError
 from mergeflow.ops import Op, all_ops, op_named
 from mergeflow.ops.base import Space
+from mergeflow.ops.fuse import SILENT, Fuse, Source
 from mergeflow.ops.statistics import StageOp, StatisticsOp, collector_of
 from mergeflow.recipe import (
     NAME,
@@ -43,7 +44,7 @@ from mergeflow.recipe import (
     input_section,
     node_section,
 )
-from mergeflow.settings import _last_rule_is_open
+from mergeflow.settings import Gradient, Rule, _last_rule_is_open
 
 DIALECT = "http://json-schema.org/draft-07/schema#"
 VARIABLE = r"^\$\{[^{}]+\}$"
@@ -52,11 +53,11 @@ SIZE = r"^\s*\d+(\.\d+)?\s*([kKMGT]i?)?B\s*$"
 
 Schema = dict[str, Any]
 
-_GRAMMAR = ("op", "base", "model", "emr", "data", "inputs", "rules", "layers", "rest")
+_GRAMMAR = ("op", "base", "model", "emr", "target", "data", "inputs", "sources", "rules", "layers", "rest")
 _WORDS = ("revision", "subfolder", "split", "text", "template", "messages", "features", "label")
-_LISTED = ("inputs", "layers")
+_LISTED = ("inputs", "layers", "sources")
 """The lists whose items are sections of the op's own."""
-_SAID = {"fisher_diag": {"estimator": "sampled"}}
+_SAID = {"fisher_diag": {"estimator": "sampled"}, "fuse": {"task": "classification"}}
 """What an op says in an example in place of a default that is not for every model."""
 _REFS = "#/definitions/{model}"
 _SHARED_FROM = 3
@@ -82,9 +83,7 @@ def recipe_schema(ops: Iterable[type[Op]] | None = None) -> Schema:
         },
         "description": {"type": ["string", "null"], "description": "What the result is, for the model card."},
         "seed": {
-            "type": "integer",
-            "minimum": 0,
-            "maximum": 2**63 - 1,
+            **_or_variable({"type": "integer", "minimum": 0, "maximum": 2**63 - 1}),
             "default": 0,
             "description": "Seed of every random draw.",
         },
@@ -246,8 +245,12 @@ def _definitions(ops: Sequence[type[Op]]) -> dict[str, Schema]:
         SelectRule: "rule.select",
         StackRest: "rest.stack",
     }
-    names |= {node_section(op): f"node.{op.name}" for op in ops}
-    names |= {input_section(op): f"input.{op.name}" for op in ops if op.takes in _LISTED}
+    entries: dict[type[BaseModel], str] = {input_section(op): f"input.{op.name}" for op in ops if op.takes in _LISTED}
+    nodes: dict[type[BaseModel], str] = {node_section(op): f"node.{op.name}" for op in ops}
+    # What is inside goes first: a section that is built takes what is there, and else builds it again for each key.
+    for model in (*Gradient.__subclasses__(), *Rule.__subclasses__(), *names, *entries):
+        model.model_rebuild()
+    names |= nodes | entries
     refs, found = models_json_schema(
         [(model, "validation") for model in names], ref_template=_REFS, schema_generator=_Draft7
     )
@@ -334,7 +337,7 @@ def _adapted(value: Any, called: Mapping[str, str]) -> Any:
     return found
 
 
-def _open_references(section: Schema, keys: Sequence[str] = ("model", "emr", "base")) -> None:
+def _open_references(section: Schema, keys: Sequence[str] = ("model", "emr", "base", "target")) -> None:
     """Let a node stand in place where a section names a model, or what goes with it."""
     for key in keys:
         own = section["properties"].get(key)
@@ -359,10 +362,10 @@ def _open_node(op: type[Op], section: Schema) -> None:
     if op.takes == "layers":
         given = properties["rest"]
         properties["rest"] = {"anyOf": [_ref("rest.stack"), _ref("node")], "description": given["description"]}
-    elif op.takes in ("inputs", "rules"):
+    elif op.takes in ("inputs", "rules", "sources"):
         key = op.takes
         alone = properties[key]["items"]
-        needs_more = set(op.input_keys) - set(op.optional_keys) or issubclass(op, StageOp)
+        needs_more = set(op.input_keys) - set(op.optional_keys) or (issubclass(op, StageOp) and key == "inputs")
         items = alone if needs_more else {"anyOf": [name, alone, _ref("node")]}
         bounds = {"minItems": op.fewest, **({"maxItems": op.most} if op.most is not None else {})}
         rest = {"contains": {"properties": {"match": False}}} if key == "rules" else {}
@@ -413,6 +416,7 @@ class _Parameter:
     default: Any
     description: str
     schema: Schema
+    parts: tuple[tuple[str, str], ...] = ()
 
 
 def _short(name: str, info: FieldInfo) -> str:
@@ -426,7 +430,8 @@ def ops_table(ops: Sequence[type[Op]] | None = None, *, markdown: bool = False) 
     """Each op (default: all there are): what it does, its formula and paper, its parameters with their defaults."""
     rows = []
     for op in tuple(ops or all_ops().values()):
-        rows.append((op, [_short(name, info) for name, info in op.model_fields.items()]))
+        own = {name: info for name, info in op.model_fields.items() if name not in _GRAMMAR}
+        rows.append((op, [_short(name, info) for name, info in own.items()]))
     if not markdown:
         width = max(len(op.name) for op, _ in rows)
         lines = []
@@ -475,6 +480,8 @@ def example(op: type[Op], parameters: Sequence[_Parameter] = ()) -> str:
     """A small complete recipe with the op and each of its parameters, which may be given if they are known."""
     count = min(max(op.fewest, 2), op.most or 2)
     names = ["first", "second", "third", *(f"model_{i}" for i in range(4, count + 1))][:count]
+    if op.takes == "sources":
+        names = ["start", "expert"]
     pair = op.takes in ("rules", "layers", "emr")
     models = [*(["base"] if op.needs_base else []), *(["first", "second"] if pair else names)]
     deltas = getattr(op, "deltas_only", False)
@@ -497,7 +504,7 @@ def example(op: type[Op], parameters: Sequence[_Parameter] = ()) -> str:
             for name, of in zip(names, run * len(names) if op.keys_of_base else run, strict=False)
         ]
     collects = issubclass(op, StatisticsOp)
-    if collects:
+    if collects or op.takes == "sources":
         data = ["  texts: ./texts.jsonl"]
     elif issubclass(op, StageOp):
         data = [f"  {name}_data: ./{name}.jsonl" for name in names]
@@ -521,6 +528,9 @@ def example(op: type[Op], parameters: Sequence[_Parameter] = ()) -> str:
             lines.append("    data: texts")
     elif op.takes == "emr":
         lines.append("    emr: kept")
+    elif op.takes == "sources":
+        target, *sources = items
+        lines += [f"    target: {target}", "    sources:", *(f"      - {item}" for item in sources), "    data: texts"]
     elif op.takes == "rules":
         lines += ["    rules:", '      - {match: "*.self_attn.*", model: first}', "      - {model: second}"]
     elif op.takes == "layers":
@@ -532,10 +542,32 @@ def example(op: type[Op], parameters: Sequence[_Parameter] = ()) -> str:
         ]
     else:
         lines += ["    inputs:", *(f"      - {item}" for item in items)]
-    values = [(one, _SAID.get(op.name, {}).get(one.name, _sample(one))) for one in parameters or _parameters(op)]
-    given = [(f"    {one.name}: {_scalar(value)}", one.description) for one, value in values if value is not None]
+    said: Mapping[str, Any] = _SAID.get(op.name, {})
+    silent = SILENT[said["task"]] if issubclass(op, Fuse) else {}
+    values = [(one, said.get(one.name, _sample(one))) for one in parameters or _parameters(op)]
+    given = [
+        line
+        for one, value in values
+        if value is not None and one.name not in silent.get("", ())
+        for line in _lines(one.name, value, one.description, silent.get(one.name, ()))
+    ]
     width = max((len(line) for line, _ in given), default=0)
     return "\n".join([*lines, *(f"{line:<{width}}  # {note}" for line, note in given)]) + "\n"
+
+
+def _lines(name: str, value: Any, about: str, silent: Sequence[str]) -> list[tuple[str, str]]:
+    """A parameter as a recipe writes it, each line with what it is: settings that stand together below their name."""
+    if not isinstance(value, BaseModel):
+        return [(f"    {name}: {_scalar(value)}", about)]
+    fields = {key: info for key, info in type(value).model_fields.items() if key not in silent}
+    return [
+        (f"    {name}:", about),
+        *(
+            (f"      {key}: {_scalar(getattr(value, key))}", info.description or "")
+            for key, info in fields.items()
+            if getattr(value, key) is not None
+        ),
+    ]
 
 
 def _parameters(op: type[Op], sections: Mapping[str, Schema] | None = None) -> list[_Parameter]:
@@ -561,21 +593,32 @@ def _parameters(op: type[Op], sections: Mapping[str, Schema] | None = None) -> l
                 default=info.default if isinstance(info.default, BaseModel) else schema.get("default"),
                 description=info.description or "",
                 schema=value,
+                parts=_parts(info.annotation),
             )
         )
     return found
+
+
+def _parts(annotation: Any) -> tuple[tuple[str, str], ...]:
+    """The settings that stand together under one parameter: each with its default, and what it is."""
+    inner = [annotation, *get_args(annotation)]
+    section = next((one for one in inner if isinstance(one, type) and issubclass(one, BaseModel)), None)
+    fields = {} if section is None else section.model_fields
+    return tuple((_short(name, info), info.description or "") for name, info in fields.items())
 
 
 def _parameter_lines(parameters: Sequence[_Parameter]) -> list[str]:
     width = max(len(one.name) for one in parameters)
     lines = []
     for one in parameters:
-        notes = [one.words, "required" if one.required else f"default {_scalar(one.default)}"]
+        default = "what stands below" if isinstance(one.default, BaseModel) else _scalar(one.default)
+        notes = [one.words, "required" if one.required else f"default {default}"]
         if one.per_input:
             notes.append("of the node or of each input")
         if not one.setting:
             notes.append("one value for the whole model")
         lines += [f"  {one.name:<{width}}  {'; '.join(notes)}", f"  {'':<{width}}  {one.description}"]
+        lines += [f"  {'':<{width}}    {given}: {about}" for given, about in one.parts]
     if any(one.setting for one in parameters):
         over = "a list of rules {match: ..., value: ...}"
         if any(one.setting and _numeric(one.schema) for one in parameters):
@@ -605,6 +648,13 @@ def _takes(op: type[Op]) -> str:
             words += "; data: a name from `data:`"
     elif op.takes == "emr":
         words = "emr: a node with `op: emr`, or an artifact"
+    elif op.takes == "sources":
+        words = (
+            "target: a model or node; sources: 1 or more, names or {model: ..., "
+            + ", ".join(Source.model_fields)
+            + "}; "
+            "data: a name from `data:`"
+        )
     elif op.takes == "rules":
         words = "rules: a list of {match: ..., model: ...}, the last without match"
     elif op.takes == "layers":
@@ -678,6 +728,8 @@ def _sample(parameter: _Parameter) -> Any:
     if not parameter.required:
         return parameter.default
     schema = parameter.schema["anyOf"][0] if "anyOf" in parameter.schema else parameter.schema
+    if "const" in schema:
+        return schema["const"]
     if "enum" in schema:
         return "bfloat16" if "bfloat16" in schema["enum"] else schema["enum"][0]
     kind = _kind(schema)

@@ -656,6 +656,8 @@ def _is_share(kind: Any) -> bool:
 def _sample(kind: Any) -> Any:
     """A value of a type, in the middle of its range."""
     found = TypeAdapter(kind).json_schema()
+    if "const" in found:
+        return found["const"]
     if "enum" in found:
         return found["enum"][0]
     low, high = found.get("minimum", found.get("exclusiveMinimum")), found.get("maximum", found.get("exclusiveMaximum"))

@@ -61,13 +61,14 @@ def verify(
     threads: int | None = None,
     memory: int | None = None,
     reading: Reading = "auto",
+    allow_pickle: bool = False,
     progress: Progress = lambda what, done, total: None,
 ) -> Verification:
     """Hold an output folder against its manifest: a merge, several of one recipe (`OUT/<key>/`), an adapter, statistics.
 
-    With `replay` so many tensors, drawn by `seed`, are made again from the recipe inside the output; `device`, `memory` (bytes) and
-    `reading` say how, as in `run`. Raises InputError for a folder that is no output, and for inputs of a replay that are missing
-    or have changed; RecipeError for a replay of an output that has no recipe.
+    With `replay` so many tensors, drawn by `seed`, are made again from the recipe inside the output; `device`, `threads`, `memory`
+    (bytes), `reading` and `allow_pickle` say how, as in `run`. Raises InputError for a folder that is no output, and for inputs of a
+    replay that are missing or have changed; RecipeError for a replay of an output that has no recipe.
     """
     target = Path(out)
     folders = _folders(target)
@@ -103,7 +104,14 @@ def verify(
     if replay and problems:
         notes.append("nothing was made again, since the output is not as it was written")
     elif replay:
-        how = {"device": device, "threads": threads, "memory": memory, "reading": reading, "progress": progress}
+        how = {
+            "device": device,
+            "threads": threads,
+            "memory": memory,
+            "reading": reading,
+            "allow_pickle": allow_pickle,
+            "progress": progress,
+        }
         drawn = _drawn(told, replay, seed)
         for key, names in drawn.items():
             wrong = _replayed(target, key, told[key], names, how)

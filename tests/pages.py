@@ -51,11 +51,34 @@ CONFIG |= {"num_attention_heads": 2, "num_key_value_heads": 2, "max_position_emb
 WORDS = ("[PAD]", "[UNK]", *(f"w{number}" for number in range(VOCAB - 2)))
 
 
+def classifier(seed: int) -> dict[str, torch.Tensor]:
+    """The tensors of a small Llama-like classifier of texts."""
+    tensors = llama(seed)
+    return {
+        **{name: one for name, one in tensors.items() if name != "lm_head.weight"},
+        "score.weight": tensors["lm_head.weight"][:3],
+    }
+
+
+def classifiers(recipe: dict[str, Any]) -> set[str]:
+    """The models of a recipe that must be classifiers."""
+    fuses = [node for node in recipe["nodes"].values() if node["op"] == "fuse"]
+    return {name for node in fuses for name in (node["target"], *node["sources"])}
+
+
 def write_models(folder: Path, recipe: dict[str, Any]) -> None:
     """The checkpoints and the data that a recipe names, where they are not there yet."""
     for seed, name in enumerate(sorted(recipe["models"])):
         if not (folder / name).exists():
-            save(folder / name, llama(seed), config=CONFIG)
+            if name in classifiers(recipe):
+                labels = {"id2label": {str(n): f"LABEL_{n}" for n in range(3)}, "pad_token_id": 0}
+                save(
+                    folder / name,
+                    classifier(seed),
+                    config={**CONFIG, **labels, "architectures": ["LlamaForSequenceClassification"]},
+                )
+            else:
+                save(folder / name, llama(seed), config=CONFIG)
             write_tokenizer(folder / name)
     for seed, path in enumerate(sorted(recipe.get("data", {}).values())):
         draw = random.Random(seed)

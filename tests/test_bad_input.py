@@ -221,6 +221,13 @@ parameters:
 dtype: bfloat16
 """
 
+FUSE = """recipe: 1
+models: {base: ./base, a: ./a, b: ./b}
+data: {rows: ./rows.jsonl}
+nodes:
+  fused: {op: fuse, task: classification, target: base, sources: [a, b], data: rows}
+"""
+
 
 def on_node(text: str, op: str = "linear, inputs: [a, b]") -> str:
     """The recipe with more keys on its node."""
@@ -278,7 +285,7 @@ CASES = [
     Case("a_stage_on_data_nobody_named", 2, "recipe", GRAM.replace("data: rows}", "data: row}")),
     Case("a_stage_on_data_that_is_not_there", 3, "headers", GRAM),
     Case("statistics_left_out", 2, "recipe", on_node("alpha: 0.5", "regmean, inputs: [a, {model: b}]")),
-    Case("an_op_of_a_later_version", 2, "recipe", on_node("data: d", "fuse, inputs: [a, b]")),
+    Case("a_parameter_that_says_nothing", 2, "recipe", FUSE.replace("task:", "fusion: {average: logits, function: max_confidence}, task:")),
     Case("many_problems", 2, "recipe", TIES.replace("ties", "teis") + "  x: {op: liner, inputs: [a]}\nnme: y\n"),
     Case("no_such_recipe", 2, "recipe", file="recipes.yaml"),
     Case("a_folder_for_a_recipe", 2, "recipe", file="base"),

@@ -132,7 +132,7 @@ def test_a_whole_table_says_why_stages_are_not_in_it(merge: ModuleType, tmp_path
     report = merge.Report(machine=merge.machine(options), idle={"wall": 1.0, "import": 1.0, "rss_anon": 0.0})
     report.cases = {name: {} for name in merge.CASES}
     assert (
-        "- regmean_pp, gram, gram_diag, input_mean, act_absmean, fisher_diag: not measured here"
+        "- regmean_pp, gram, gram_diag, input_mean, act_absmean, fisher_diag, fuse: not measured here"
         in merge.as_markdown(report)
     )
     report.cases.popitem()

@@ -203,7 +203,7 @@ def test_a_file_that_changes_after_it_was_opened_is_noticed(tmp_path: pathlib.Pa
         ),
         (["model-00001-of-00003.safetensors"], "holds one of 3 shards and no index. Fetch the whole model."),
         (["pytorch_model.bin", "x.pt"], "holds pickles only (pytorch_model.bin, x.pt), which can run code"),
-        (["pytorch_model.bin"], "Convert them first: load the model with transformers and call save_pretrained"),
+        (["pytorch_model.bin"], "Safetensors are safer: load the model with transformers and call save_pretrained"),
     ],
 )
 def test_a_folder_without_one_clear_model_says_what_it_has(tmp_path: pathlib.Path, files: list[str], text: str) -> None:

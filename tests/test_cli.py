@@ -311,6 +311,20 @@ def test_a_pipe_gets_a_line_now_and_then(monkeypatch: pytest.MonkeyPatch, capsys
     ]
 
 
+def test_a_note_behind_a_comma_changes_and_the_count_goes_on(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    times = iter([0.0, 0.0, 11.0, 11.0, 22.0, 22.0])
+    monkeypatch.setattr(cli.time, "monotonic", lambda: next(times))
+    shown = cli._Progress(quiet=False)
+    for loss in ("2.50", "2.25"):
+        shown.update(f"train, loss {loss}", 10, 40)
+    assert [line.partition(" of ")[0] for line in capsys.readouterr().err.splitlines()] == [
+        "train, loss 2.50: 10",
+        "train, loss 2.25: 20",
+    ]
+
+
 def test_a_pipe_gets_no_escape_codes_and_no_bar(folder: pathlib.Path) -> None:
     done = process(folder, "run", "recipe.yaml", "-o", "piped")
     assert done.returncode == 0 and "\r" not in done.stderr and "\x1b" not in done.stderr + done.stdout

@@ -14,7 +14,7 @@ FLOORS: dict[int, str] = {
     9: "cli testing",
     8: "locking verifying",
     7: "pipeline",
-    6: "inspecting schema reporting importing preparing evaluating fingerprints",
+    6: "comparing inspecting schema reporting importing preparing evaluating fingerprints",
     5: "executing writing publishing stages",
     4: "planning restacking",
     3: "recipe graph layout manifest",

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import yaml
 from checkpoints import weights_of
-from pages import example_of, llama, write_models
+from pages import classifier, example_of, llama, write_models
 from toys import call
 
 from mergeflow.ops import OPS, Op
@@ -36,7 +36,8 @@ def test_the_page_of_an_op_has_an_example_that_is_validated_and_runs(
         assert all(name.startswith("fisher." if op.kind == "fisher_diag" else f"{op.kind}.") for name in made)
         assert json.loads((tmp_path / recipe["name"] / "statistics.json").read_text())["kind"] == op.kind
     elif not op.has_parts and op.takes != "layers":
-        assert {name: tensor.shape for name, tensor in made.items()} == {n: t.shape for n, t in llama(0).items()}
+        like = classifier(0) if op.takes == "sources" else llama(0)
+        assert {name: tensor.shape for name, tensor in made.items()} == {n: t.shape for n, t in like.items()}
 
 
 @pytest.mark.parametrize("op", OPS, ids=lambda op: op.name)

@@ -466,7 +466,11 @@ def test_the_output_dtype_may_be_rules(tmp_path: Path) -> None:
         ("recipe: 1\nmodels: {a: ./a}\nmodels: {a: ./a}", "3:1: the key 'models' is here twice"),
         ("recipe: 1\nmodels: {a: ./a}\nartifacts: {a: ./x}", "'a' is a model already. Give the artifact another name."),
         ("recipe: 1\nmodels: {a: ./a}\nartifacts: {g: {path: x, only: y}}", "unknown key 'only'"),
-        ("recipe: 1\nmodels: {a: ./a}\nnodes: {g: {op: fuse, inputs: [a]}}", "the op 'fuse' cannot be used yet"),
+        (
+            "recipe: 1\nmodels: {a: ./a}\ndata: {d: ./d}\n"
+            "nodes: {g: {op: fuse, task: classification, target: a, sources: [{model: b, weight: 0}], data: d}}",
+            "all weights are 0",
+        ),
         ("recipe: 1\nmodels: {a: ./a}\nnodes: {g: {op: gram, model: a, data: q}}", "there is no data 'q'"),
         ("recipe: 1\nmodels: {a: ./a}\nnodes: {g: {op: stack, layers: []}}", "`layers` cannot be []"),
         ("recipe: 1\nmodels: {a: ./a}\nnodes: {g: {op: linear, inputs: [{adapter: x}]}}", "`adapter` stands under `models:`"),
@@ -478,8 +482,8 @@ def test_a_wrong_top_level_is_told_what_is_wrong(tmp_path: Path, text: str, what
     assert len(lines) == 1 + ("adapter: x" in text), lines
 
 
-def test_what_cannot_be_used_yet_is_said_once(tmp_path: Path) -> None:
-    text = HEAD + "nodes: {g: {op: fuse, target: a}, m: {op: linear, inputs: [a, g]}}"
+def test_an_op_that_is_not_known_is_said_once(tmp_path: Path) -> None:
+    text = HEAD + "nodes: {g: {op: fsue, target: a}, m: {op: linear, inputs: [a, g]}}"
     assert len(problems(tmp_path, text)) == 1
 
 

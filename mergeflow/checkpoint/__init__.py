@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +18,7 @@ from typing import Any
 
 from blake3 import blake3
 
+from mergeflow.checkpoint.pickles import PICKLES, mark, read_pickle
 from mergeflow.checkpoint.safetensors import LARGEST_HEADER, StoredTensor, encode_header, header_end, parse_header
 from mergeflow.errors import InputError, MergeflowError, RecipeError, raise_all
 from mergeflow.hub import Folder, HubFolder, Progress, place_of
@@ -31,17 +32,27 @@ ADAPTER_WEIGHTS = "adapter_model.safetensors"
 ADAPTER_PICKLE = "adapter_model.bin"
 FIRST_READ = (1024, 64 * 1024)
 READERS = 8
-PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
-CONVERT = (
-    "Convert them first: load the model with transformers and call save_pretrained, "
-    "or write torch.load(..., weights_only=True) with safetensors.torch.save_file."
+PICKLED_INDEX = "pytorch_model.bin.index.json"
+PICKLED_SINGLE = "pytorch_model.bin"
+OF_TRAINING = ("training_args.bin", "optimizer.bin", "optimizer.pt", "scheduler.bin", "scheduler.pt", "scaler.pt")
+"""Pickles that trainers leave beside a model."""
+ALLOW = (
+    "Safetensors are safer: load the model with transformers and call save_pretrained. "
+    "If you know whom these are from, give --allow-pickle, by which only tensors are read."
+)
+WRITE_FIRST = (
+    "What runs models reads safetensors: write them first, with a recipe whose output's node is this model, "
+    "and `mergeflow run --allow-pickle`."
 )
 _SHARD = re.compile(r"-(\d+)-of-(\d+)\.safetensors$")
 
 
 @dataclass(frozen=True, slots=True)
 class WeightFile:
-    """A file of weights: `size` in bytes, `header_digest` the hex BLAKE3 of its 8 length bytes and JSON."""
+    """A file of weights: `size` in bytes, `header_digest` the hex BLAKE3 of its 8 length bytes and JSON.
+
+    Of a pickle it is that of its program and of the archive's directory.
+    """
 
     name: str
     size: int
@@ -61,6 +72,11 @@ class Checkpoint:
     files: Mapping[str, WeightFile]
     config: Mapping[str, Any] | None
     metadata: Mapping[str, str]
+
+    @property
+    def pickled(self) -> bool:
+        """Whether its weights are pickles, which only mergeflow's own engine reads with care."""
+        return any(name.endswith(PICKLES) for name in self.files)
 
     @property
     def deciding(self) -> Mapping[str, str]:
@@ -90,12 +106,15 @@ class Checkpoint:
         return read_json(self.folder, name) if self.folder.exists(name) else None
 
 
-def open_checkpoint(folder: Folder, *, file: str | None = None) -> Checkpoint:
+def open_checkpoint(folder: Folder, *, file: str | None = None, allow_pickle: bool = False) -> Checkpoint:
     """The checkpoint in a folder, by headers alone; `file` names one weight file (or index) instead of the usual ones.
 
-    Raises InputError when there is no model, or index and headers contradict each other or themselves.
+    With `allow_pickle` pickles are read where there are no safetensors, those of a hub once they are fetched whole. Raises InputError
+    when there is no model, or index and headers contradict each other or themselves.
     """
-    name = file or getattr(folder, "only_file", None) or _usual_file(folder)
+    name = file or getattr(folder, "only_file", None) or _usual_file(folder, allow_pickle)
+    if name.endswith((*PICKLES, ".bin.index.json")) and not allow_pickle:
+        raise InputError("is a pickle, which can run code when it is opened", where=place_of(folder, name), fix=ALLOW)
     if file is not None:
         _check_chosen(folder, file)
     index = _read_index(folder, name) if name.endswith(".index.json") else None
@@ -136,7 +155,7 @@ def _check_there(folder: Folder, files: Iterable[str], index: str) -> None:
     raise_all(errors)
 
 
-def _usual_file(folder: Folder) -> str:
+def _usual_file(folder: Folder, allow_pickle: bool) -> str:
     """The index or weight file of a folder when the recipe names none."""
     names = [name for name in folder.names() if "/" not in name]
     if holds_adapter(folder):
@@ -159,11 +178,13 @@ def _usual_file(folder: Folder) -> str:
             f"holds several models: {_listed(indexes or weights)}", where=folder.label, fix="Name one with `file:`."
         )
     pickles = [name for name in names if name.endswith(PICKLES)]
+    if pickles and allow_pickle:
+        return _usual_pickle(folder, names, [name for name in pickles if name not in OF_TRAINING] or pickles)
     if pickles:
         raise InputError(
             f"holds pickles only ({_listed(pickles)}), which can run code when they are opened and are not read",
             where=folder.label,
-            fix=CONVERT,
+            fix=ALLOW,
         )
     below = [name for name in folder.names() if name.endswith(".safetensors")]
     raise InputError(
@@ -171,6 +192,16 @@ def _usual_file(folder: Folder) -> str:
         where=folder.label,
         fix=f"There is {_listed(below)}: name a folder with `subfolder:`." if below else "Is it a model's folder?",
     )
+
+
+def _usual_pickle(folder: Folder, names: Sequence[str], pickles: Sequence[str]) -> str:
+    """The index or pickled file of a folder that has no safetensors."""
+    for usual in (PICKLED_INDEX, PICKLED_SINGLE):
+        if usual in names:
+            return usual
+    if len(pickles) > 1:
+        raise InputError(f"holds several pickles: {_listed(pickles)}", where=folder.label, fix="Name one with `file:`.")
+    return pickles[0]
 
 
 def holds_adapter(folder: Folder) -> bool:
@@ -181,12 +212,10 @@ def holds_adapter(folder: Folder) -> bool:
 
 
 def _check_chosen(folder: Folder, file: str) -> None:
-    """`file:` must be a safetensors file or an index inside the folder."""
+    """`file:` must be a file of weights or an index inside the folder."""
     if not all(_is_plain(part) for part in file.split("/")):
         raise RecipeError(f"file '{file}' leads outside the model's folder", where=folder.label)
-    if file.endswith(PICKLES):
-        raise InputError("is a pickle, which can run code when it is opened", where=place_of(folder, file), fix=CONVERT)
-    if not file.endswith((".safetensors", ".safetensors.index.json")):
+    if not file.endswith((".safetensors", ".safetensors.index.json", ".bin.index.json", *PICKLES)):
         raise InputError("is not a .safetensors file or an index", where=place_of(folder, file))
     if not folder.exists(file):
         folder.size(file)  # says why: no such file, or not in the cache
@@ -228,6 +257,7 @@ def _read_index(folder: Folder, name: str) -> dict[str, str]:
     if not isinstance(entries, dict) or not entries:
         raise InputError("has no weight_map", where=where, fix="Is it the index of a sharded model?")
     beside = f"{name.rpartition('/')[0]}/" if "/" in name else ""
+    endings = PICKLES if name.endswith(".bin.index.json") else (".safetensors",)
     found: dict[str, str] = {}
     plain: set[str] = set()
     for tensor, file in entries.items():
@@ -238,12 +268,8 @@ def _read_index(folder: Folder, name: str) -> dict[str, str]:
                     where=where,
                     fix="An index may only name files in its own folder.",
                 )
-            if not file.endswith(".safetensors"):
-                raise InputError(
-                    f"names {file}, which is not a .safetensors file",
-                    where=where,
-                    fix=CONVERT if file.endswith(PICKLES) else "",
-                )
+            if not file.endswith(endings):
+                raise InputError(f"names {file}, which is not a {endings[0]} file", where=where)
             plain.add(file)
         found[tensor] = beside + file
     return found
@@ -294,6 +320,9 @@ def _read_header(folder: Folder, file: str) -> Header:
     The first is a small part of the file however small that is, so that planning fetches little of any repository.
     """
     where, size = place_of(folder, file), folder.size(file)
+    if file.endswith(PICKLES):
+        pickled, digest, size = read_pickle(folder.local([file])[file], where, file)
+        return WeightFile(file, size, digest), pickled, {}
     least, most = FIRST_READ
     data = folder.read_range(file, 0, min(max(size // 256, least), most, size))
     end = header_end(data, size, where)
@@ -305,6 +334,11 @@ def _read_header(folder: Folder, file: str) -> Header:
 
 def _check_unchanged(path: Path, weights: WeightFile, where: str) -> None:
     """The file on disk must have the size and header that were planned with."""
+    if weights.name.endswith(PICKLES):
+        digest, size = mark(path, where)
+        if (size, digest) != (weights.size, weights.header_digest):
+            raise InputError("changed since it was opened", where=where, fix="Start again, and leave the file alone.")
+        return
     try:
         with path.open("rb") as file:
             size = os.fstat(file.fileno()).st_size

@@ -34,7 +34,10 @@ CONVERT = (
     "Save it again with peft's `save_pretrained(..., path_initial_model_for_weight_conversion=...)`, "
     "which makes it an adapter of the base as it was."
 )
-SAVE_AGAIN = "Save it again with peft's `save_pretrained`, which writes safetensors."
+SAVE_AGAIN = (
+    "Save it again with peft's `save_pretrained`, which writes safetensors. "
+    "If you know whom it is from, give --allow-pickle, by which only tensors are read."
+)
 PREFIX = "base_model.model."
 MOST_TRIALS = 10_000_000
 """Patterns times modules that are tried at most: a real adapter has hundreds of each at worst."""
@@ -157,23 +160,23 @@ class Adapter(Checkpoint):
         }
 
 
-def open_adapter(folder: Folder) -> Adapter:
-    """The adapter in a folder, by its config and header alone.
+def open_adapter(folder: Folder, *, allow_pickle: bool = False) -> Adapter:
+    """The adapter in a folder, by its config and header alone; a pickled one only with `allow_pickle`.
 
     Raises InputError for what is no LoRA adapter of peft's, and for one whose effect would not be exactly that of its tensors.
     """
-    _check_files(folder)
+    file = _weights_file(folder, allow_pickle)
     config, digest = _read_config(folder)
     where = place_of(folder, ADAPTER_CONFIG)
     raise_all([InputError(what, where=where, fix=fix) for what, fix in _refusals(config)])
-    weights = open_checkpoint(folder, file=ADAPTER_WEIGHTS)
-    updates = _Reader(config, where, place_of(folder, ADAPTER_WEIGHTS)).read(weights.tensors.values())
+    weights = open_checkpoint(folder, file=file, allow_pickle=allow_pickle)
+    updates = _Reader(config, where, place_of(folder, file)).read(weights.tensors.values())
     kept = {one.name: getattr(weights, one.name) for one in fields(weights)} | {"config": None}
     return Adapter(**kept, updates=updates, lora=config, config_digest=digest)
 
 
-def _check_files(folder: Folder) -> None:
-    """The config and the weights must be there, as safetensors."""
+def _weights_file(folder: Folder, allow_pickle: bool) -> str:
+    """The file of the weights; it and the config must be there."""
     names = folder.names()
     if ADAPTER_CONFIG not in names:
         below = sorted(name.rpartition("/")[0] for name in names if name.endswith(f"/{ADAPTER_CONFIG}"))
@@ -185,11 +188,14 @@ def _check_files(folder: Folder) -> None:
             else "A model is named with `path:`.",
         )
     if ADAPTER_WEIGHTS not in names and ADAPTER_PICKLE in names:
+        if allow_pickle:
+            return ADAPTER_PICKLE
         raise InputError(
             "is a pickle, which can run code when it is opened", where=place_of(folder, ADAPTER_PICKLE), fix=SAVE_AGAIN
         )
     if ADAPTER_WEIGHTS not in names:
         raise InputError(f"holds no {ADAPTER_WEIGHTS}", where=folder.label, fix="Fetch the whole adapter.")
+    return ADAPTER_WEIGHTS
 
 
 def _read_config(folder: Folder) -> tuple[dict[str, Any], str]:

@@ -23,6 +23,7 @@ from mergeflow.ops.della import Della, DellaLinear
 from mergeflow.ops.emr import Emr, EmrApply
 from mergeflow.ops.evolve_cross import EvolveCross
 from mergeflow.ops.fisher import Fisher
+from mergeflow.ops.fuse import Fuse
 from mergeflow.ops.iso_c import IsoC
 from mergeflow.ops.iso_cts import IsoCts
 from mergeflow.ops.karcher import Karcher
@@ -77,6 +78,7 @@ __all__ = [
     "EvolveCross",
     "Fisher",
     "FisherDiag",
+    "Fuse",
     "Gram",
     "GramDiag",
     "InputMean",
@@ -169,6 +171,7 @@ OPS: tuple[type[Op], ...] = (
     InputMean,
     ActAbsmean,
     FisherDiag,
+    Fuse,
 )
 """Our ops, in the order of the table."""
 

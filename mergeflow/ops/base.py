@@ -118,8 +118,9 @@ class Op(BaseModel, ABC):
     """What one output tensor is, in the notation of the papers."""
     paper: ClassVar[str | None] = None
     """Where it comes from, e.g. `arXiv:2306.01708`."""
-    takes: ClassVar[Literal["model", "inputs", "rules", "layers", "emr"]] = "inputs"
-    """How a recipe names what the op works on: one `model`, a list of `inputs`, `rules` by name, `layers`, or an artifact."""
+    takes: ClassVar[Literal["model", "inputs", "rules", "layers", "emr", "sources"]] = "inputs"
+    """How a recipe names what the op works on: one `model`, a list of `inputs`, `rules` by name, `layers`, an artifact, or a
+    `target` and its `sources`."""
     fewest: ClassVar[int] = 1
     """The least number of inputs."""
     most: ClassVar[int | None] = None

@@ -7,7 +7,7 @@ need only what stands here. A later merge reads the statistics without the data.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, NoReturn
 
 from pydantic import Field, Strict
 
@@ -43,6 +43,11 @@ class StageOp(Op):
     max_length: Times | None = Field(
         default=None, description="Tokens of a text that count, the rest is cut; default: the model's whole context."
     )
+
+    @property
+    def deciding(self) -> dict[str, Any]:
+        """All parameters that decide the result, as plain data."""
+        return self.model_dump(mode="json")
 
     def compute(self, inputs: Sequence[Tensor], block: Block) -> NoReturn:
         """Never asked for: a stage runs models, not tensors."""

@@ -20,7 +20,7 @@ class Vocabularies:
     def __init__(self, models: Mapping[str, Checkpoint]) -> None:
         self.models = models
         self.files: dict[str, tuple[str, str, bytes]] = {}
-        self.tokens: dict[str, dict[int, str]] = {}
+        self._known: dict[str, dict[int, str]] = {}
         self.clashes: dict[tuple[str, str], str] = {}
 
     def clash(self, first: str, second: str) -> str:
@@ -34,7 +34,7 @@ class Vocabularies:
     def _clash(self, first: str, second: str) -> str:
         if self._file(first)[0] == self._file(second)[0]:
             return ""
-        mine, theirs = self._tokens(first), self._tokens(second)
+        mine, theirs = self.tokens(first), self.tokens(second)
         differ = sorted(i for i in mine.keys() & theirs.keys() if mine[i] != theirs[i])
         if not differ:
             return ""
@@ -51,11 +51,12 @@ class Vocabularies:
             self.files[model] = (blake3(content).hexdigest(), name, content)
         return self.files[model]
 
-    def _tokens(self, model: str) -> dict[int, str]:
+    def tokens(self, model: str) -> dict[int, str]:
+        """The tokens of a model by id; none where it has no tokenizer file that lists them."""
         digest, name, content = self._file(model)
-        if digest not in self.tokens:
-            self.tokens[digest] = _read(name, content, f"{self.models[model].folder.label}/{name}") if name else {}
-        return self.tokens[digest]
+        if digest not in self._known:
+            self._known[digest] = _read(name, content, f"{self.models[model].folder.label}/{name}") if name else {}
+        return self._known[digest]
 
 
 def _read(name: str, content: bytes, where: str) -> dict[int, str]:

@@ -16,6 +16,7 @@ from pydantic_core import PydanticCustomError
 
 from mergeflow.errors import RecipeError
 from mergeflow.ops import Op
+from mergeflow.ops.fuse import Source
 from mergeflow.ops.statistics import StageOp, collector_of
 from mergeflow.settings import Count, Flag, FloatName, NonNegative, Number, Patterns, setting_of
 
@@ -272,7 +273,7 @@ _DATA: Any = (Text, Field(min_length=1, description="What it is run on: a name f
 def input_section(op_class: type[Op]) -> type[BaseModel]:
     """The grammar of one input of an op: the model, its own base, and the parameters an input may give for itself."""
     fields: dict[str, Any] = {"model": (Reference, Field())}
-    if issubclass(op_class, StageOp) and op_class.needs_data:
+    if issubclass(op_class, StageOp) and op_class.needs_data and op_class.takes == "inputs":
         fields["data"] = _DATA
     if op_class.needs_base or op_class.may_base:
         fields["base"] = (
@@ -295,6 +296,8 @@ def input_section(op_class: type[Op]) -> type[BaseModel]:
         )
     if op_class.takes == "layers":
         fields["take"] = (Take, Field(description="The first and last layer to take, e.g. '0-15': both are included."))
+    if op_class.takes == "sources":
+        fields |= {name: (info.annotation, info) for name, info in Source.model_fields.items()}
     for name, mark in op_class.settings().items():
         if mark.per_input:
             info = op_class.model_fields[name]
@@ -333,7 +336,7 @@ def node_section(op_class: type[Op]) -> type[BaseModel]:
                 "before them, the last's what stands after.",
             ),
         )
-    else:
+    elif op_class.takes == "rules":
         fields["rules"] = (
             tuple[SelectRule, ...],
             Field(min_length=1, description="Tried in order; the last has no `match`."),
@@ -365,13 +368,25 @@ def node_section(op_class: type[Op]) -> type[BaseModel]:
 def _stage_fields(op_class: type[StageOp]) -> dict[str, Any]:
     """What a stage's node says beside its op's own parameters and its models."""
     fields: dict[str, Any] = {}
+    if op_class.takes == "sources":
+        fields["target"] = (
+            Reference,
+            Field(description="The model that is trained: start, architecture and tokenizer."),
+        )
+        item: Any = input_section(op_class)
+        fields["sources"] = (
+            tuple[item, ...],
+            Field(min_length=op_class.fewest, description="The models whose predictions are distilled, in order."),
+        )
+        fields["data"] = _DATA
     about = "The tensors that are solved; default: every linear weight."
     if op_class.takes == "model":
         fields["model"] = (Reference, Field(description="The model that is run."))
         if op_class.needs_data:
             fields["data"] = _DATA
         about = "The tensors whose statistics are collected."
-    fields["only"] = (Patterns | None, Field(default=None, description=about))
+    if op_class.takes != "sources":
+        fields["only"] = (Patterns | None, Field(default=None, description=about))
     if op_class.seeded:
         fields["seed"] = (Count | None, Field(default=None, description="Seed of the stage; default: the recipe's."))
     return fields

@@ -19,6 +19,7 @@ from pydantic import BaseModel, ValidationError
 from mergeflow.document import Document
 from mergeflow.errors import MergeflowError, RecipeError, did_you_mean, raise_all
 from mergeflow.ops import Op, op_named
+from mergeflow.ops.fuse import Fuse, Source
 from mergeflow.ops.statistics import StageOp
 from mergeflow.recipe.grammar import (
     NAME,
@@ -39,8 +40,6 @@ DEEPEST = 200
 """Nodes that may stand on each other: what a person writes has a few, and the planner walks them by recursion."""
 
 MOST_PROBLEMS = 100
-
-LATER_OPS = {"fuse": "Distillation comes with a later version of mergeflow."}
 
 
 MERGEKIT_WORDS = {
@@ -511,7 +510,7 @@ class _Parser:
             else:
                 self.unknown_key(key, _keys_at(model, inner, siblings), full)
         elif kind == "missing":
-            places = {"model", "inputs", "rules", "layers", "emr"}
+            places = {"model", "inputs", "rules", "layers", "emr", "sources"}
             if op is not None and detail["loc"] == (last,) and last in places and places & data.keys():
                 return  # the key that stands in its place is answered
             about = model.model_fields[last].description if detail["loc"] == (last,) else None
@@ -572,8 +571,9 @@ class _Parser:
 
     def references(self, node: Node) -> Iterator[tuple[str, Path]]:
         for index, one in enumerate(node.inputs):
-            single = node.op.takes in ("model", "emr")
-            at: Path = (*node.path, node.op.takes) if single else (*node.path, node.op.takes, index)
+            single = node.op.takes in ("model", "emr") or (node.op.takes == "sources" and index == 0)
+            word = "target" if node.op.takes == "sources" and single else node.op.takes
+            at: Path = (*node.path, word) if single else (*node.path, word, index - (word == "sources"))
             yield one.model, at if single else (*at, "model")
             if one.base:
                 yield one.base, (*at, "base")
@@ -610,10 +610,10 @@ class _Parser:
 
         node = dict(given)
         self.pending[name] = (node, path)
-        for key, part in (("model", "0"), ("emr", "0"), ("base", "base")):
+        for key, part in (("model", "0"), ("emr", "0"), ("base", "base"), ("target", "target")):
             if key in node:
                 node[key] = placed(node[key], part, (*path, key))
-        for key in ("inputs", "rules", "layers"):
+        for key in ("inputs", "rules", "layers", "sources"):
             if isinstance(node.get(key), list):
                 node[key] = [holder(item, str(i), (*path, key, i)) for i, item in enumerate(node[key])]
         for key in ("others", "rest"):
@@ -630,9 +630,6 @@ class _Parser:
                 self.problem(
                     "the node has no `op`", (*path, "op") if "op" in given else path, "Write e.g. `op: linear`."
                 )
-            return None
-        if word in LATER_OPS:
-            self.problem(f"the op '{word}' cannot be used yet", (*path, "op"), LATER_OPS[word])
             return None
         try:
             op_class = op_named(word[:100])
@@ -663,6 +660,8 @@ class _Parser:
             return None
         for index, item in enumerate(items):
             self.check_data(getattr(item, "data", None), path if single else (*path, op_class.takes, index))
+        if op_class.takes == "sources":
+            self.check_data(section.data, path)
         op = self.op(op_class, section, () if single else items, path)
         if op is None:
             return None
@@ -674,10 +673,12 @@ class _Parser:
             fix = "Say which tensors the op acts on by `only:`, or leave `others` out."
             self.problem("`others` needs `only`", (*path, "others"), fix, key=True)
         words = ("missing", "mismatch", "extra", "vocab", "seed")
+        target = (Input(section.target, data=section.data),) if op_class.takes == "sources" else ()
         return Node(
             name=name,
             op=op,
-            inputs=tuple(
+            inputs=target
+            + tuple(
                 Input(
                     getattr(item, op_class.takes if single else "model"),
                     None if single else getattr(item, "base", None),
@@ -719,7 +720,13 @@ class _Parser:
                 self.problem(f"`{name}` is missing", path, f"Add `{name}:`: {info.description}")
                 return None
             fields[name] = Each(each) if any(one is not None for one in own) else whole
-        return op_class.model_construct(**fields)
+        if op_class.takes == "sources":
+            fields["sources"] = tuple(Source(**one.model_dump(exclude={"model"}, exclude_unset=True)) for one in items)
+        op = op_class.model_construct(**fields)
+        wrong = list(op.problems()) if isinstance(op, Fuse) else []
+        for where, what, fix in wrong:
+            self.problem(what, (*path, *where), fix)
+        return None if wrong else op
 
     def check_cycles(self) -> None:
         """No node may need itself, and no chain of nodes be longer than the planner walks."""
@@ -871,6 +878,7 @@ def _takes(op: type[Op]) -> str:
         "inputs": "a list of `inputs:`",
         "rules": "`rules:`, each with a `model:`",
         "layers": "`layers:`, each with a `model:` and what to `take:`",
+        "sources": "a `target:` and a list of `sources:`",
     }[op.takes]
 
 

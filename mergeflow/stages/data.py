@@ -195,11 +195,17 @@ def read_rows(source: DataSource, folder: Path, counts: Counts) -> Iterator[Row]
     return iter([row for _, _, row in sorted(drawn, key=lambda one: one[1])])
 
 
-def _all_rows(source: DataSource, folder: Path, counts: Counts) -> Iterator[Row]:
+def local_path(source: DataSource, folder: Path) -> Path | None:
+    """Where the data lies, or should; None for a hub data set."""
     local = Path(source.path).expanduser()
     path = local if local.is_absolute() else folder / local
     named = source.path.startswith((".", "/", "~")) or local.suffix.lower() in KINDS or path.exists()
-    if source.kind == "hub" or (source.kind is None and not named):
+    return None if source.kind == "hub" or (source.kind is None and not named) else path
+
+
+def _all_rows(source: DataSource, folder: Path, counts: Counts) -> Iterator[Row]:
+    path = local_path(source, folder)
+    if path is None:
         yield from _hub_rows(source)
         return
     if not path.exists():

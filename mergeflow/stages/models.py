@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from mergeflow.checkpoint import Checkpoint, open_checkpoint
+from mergeflow.checkpoint import ALLOW, WRITE_FIRST, Checkpoint, open_checkpoint
 from mergeflow.errors import InputError, MachineError, MergeflowError
 from mergeflow.hub import locate
 
@@ -132,7 +132,12 @@ def open_folder(path: Path, checkpoint: Checkpoint | None = None) -> Folder:
         raise InputError(f"cannot be read: {str(error)[:200]}", where=where) from None
     if not isinstance(config, dict):
         raise InputError("is not a JSON object", where=where)
-    return Folder(path, config, checkpoint or open_checkpoint(locate(str(path.resolve()), relative_to=path)))
+    try:
+        return Folder(path, config, checkpoint or open_checkpoint(locate(str(path.resolve()), relative_to=path)))
+    except InputError as error:
+        if error.fix == ALLOW:
+            error.fix = WRITE_FIRST
+        raise
 
 
 def transformers() -> Any:

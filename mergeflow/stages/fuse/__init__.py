@@ -1,0 +1,1 @@
+"""Fuse: distributions of several models distilled into one."""

@@ -1,0 +1,436 @@
+"""Language models: what the sources say of texts, and lessons made of it in the target's own tokens (FuseLLM, arXiv:2401.10491).
+
+Each step on the way is kept in the cache under what decides it: the documents, by their own bytes from there on; a tokenizer's
+tokens; what a source says of them; pairs and vocabularies of two tokenizers, which no weight changes. So a source whose weights
+change runs again alone, and another loss, fusion or training runs none.
+
+In training, documents are packed into rows, in which none sees another, or stand one to a row.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from blake3 import blake3
+from numpy.typing import NDArray
+
+from mergeflow.errors import InputError, MachineError, MergeflowError, RecipeError
+from mergeflow.ops.fuse import Fuse
+from mergeflow.stages import data, models
+from mergeflow.stages.fuse import aligning, capturing, losses, projecting, selecting, teaching, tokenising
+from mergeflow.stages.fuse.capturing import Captured
+from mergeflow.stages.fuse.job import VERSION, FuseJob
+from mergeflow.stages.fuse.tokenising import Corpus, Tokenised, Tokenizer
+from mergeflow.stages.fuse.training import Lessons, Step, order
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+MAP = "vocabulary.safetensors"
+NO_CONTEXT = 2048
+"""Tokens of a document where a model does not say how many it reads."""
+
+
+def check(op: Fuse, target: models.Folder, sources: Sequence[models.Folder]) -> None:
+    """Raises RecipeError for what configs show not to go together."""
+    for folder in (target, *sources):
+        if folder.task != "causal":
+            raise RecipeError(
+                f"{folder.architecture} is no causal language model",
+                fix="Fuse causal language models, or write `task: classification`.",
+            )
+        if op.max_length is not None and folder.context is not None and op.max_length > folder.context:
+            raise RecipeError(
+                f"{folder.path.name} reads {folder.context} tokens, and documents are to have {op.max_length}",
+                where="max_length",
+                fix=f"Write {folder.context} or less, or leave it out.",
+            )
+
+
+# What is kept
+
+
+@dataclass(frozen=True, eq=False)
+class Source:
+    """One source over the documents: its tokens, what it says, and how both come to the target's tokens (None for ALM, which goes
+    by stretches of text)."""
+
+    tokens: Tokenised
+    said: Captured
+    pairs: aligning.Aligned | None
+    vocabulary: NDArray[np.int32] | None
+
+
+class _Kept:
+    """What is made of the data, from the cache or anew."""
+
+    def __init__(self, job: FuseJob, target: models.Folder) -> None:
+        self.job, self.target = job, target
+        self.readers = {path: tokenising.load(path) for path in {job.target, *(path for _, path, _ in job.teachers)}}
+        folders = {path: target if path == job.target else models.open_folder(path) for path in self.readers}
+        self.longest = {
+            path: min(job.op.max_length or NO_CONTEXT, folder.context or NO_CONTEXT) for path, folder in folders.items()
+        }
+        self.corpus = self._corpus()
+        whole = blake3(self.corpus.lengths.tobytes())
+        for text in self.corpus.texts:
+            whole.update(text.encode())
+        self.digest = whole.hexdigest()
+
+    def make(self, what: str, parts: Mapping[str, Any], fill: Callable[[Path], None]) -> Path:
+        """The folder of what these parts decide."""
+        return self.job.kept({"fuse": what, "version": VERSION, **parts}, fill)
+
+    def _corpus(self) -> Corpus:
+        job = self.job
+        readers = sorted({(self.readers[path].digest, self.longest[path]) for path in self.readers})
+        parts = {"corpus": job.corpus, "target": job.digests[0], "readers": readers}
+
+        def fill(folder: Path) -> None:
+            source = job.data.model_copy(update={"label": None})
+            texts = data.read_texts(source, job.folder, self.target)
+            each = {self.readers[path].digest: (self.readers[path], self.longest[path]) for path in self.readers}
+            try:
+                made = tokenising.cut([text for _, text in texts.texts], list(each.values()))
+            except InputError as error:
+                raise error.placed(job.data.path) from None
+            made.save(folder)
+
+        return Corpus.open(self.make("documents", parts, fill))
+
+    def tokens(self, path: Path) -> Tokenised:
+        """The documents as a model reads them."""
+        reader = self.readers[path]
+        parts = {"documents": self.digest, "tokenizer": reader.digest}
+        return Tokenised.open(
+            self.make("tokens", parts, lambda folder: tokenising.tokenise(reader, self.corpus.texts).save(folder))
+        )
+
+    def said(self, index: int, path: Path, digest: str) -> Captured:
+        """What a source (-1: the start) says of the documents."""
+        import torch
+
+        job, op, reader = self.job, self.job.op, self.readers[path]
+        own = op.sources[index] if index >= 0 else None
+        dtype, batch = (own.dtype, own.batch_tokens) if own else ("float32", op.train.micro_batch_tokens)
+        stretches = op.loss.kind == "alm"
+        settings: dict[str, Any] = {"top_k": 0} if stretches else op.capture.model_dump(mode="json")
+        parts = {
+            "documents": self.digest,
+            "tokenizer": reader.digest,
+            "model": digest,
+            "dtype": dtype,
+            "batch_tokens": batch,
+            "capture": settings,
+            "device": job.device.partition(":")[0],
+        }
+        what = "the start" if index < 0 else f"source {index + 1}"
+
+        def fill(folder: Path) -> None:
+            tokens = self.tokens(path)
+            needed = capturing.disk_bytes(len(tokens.ids), settings["top_k"], reader.size, op.capture.dtype)
+            if needed > job.free():
+                raise MachineError(
+                    f"what {what} says takes {needed:,} bytes, and the cache's disk has {job.free():,} free",
+                    fix="Make room, write less in `capture: top_k`, or set MERGEFLOW_CACHE to a folder on another disk.",
+                )
+            model = models.load_model(models.open_folder(path), job.device).to(getattr(torch, dtype))
+            try:
+                capturing.capture(
+                    model,
+                    tokens,
+                    folder,
+                    vocab=reader.size,
+                    batch_tokens=batch,
+                    device=job.device,
+                    progress=lambda done, total: job.progress(f"capture {what}", done, total),
+                    check_stop=job.check_stop,
+                    **settings,
+                )
+            except InputError as error:
+                raise error.placed(str(path)) from None
+            except MergeflowError as error:
+                raise error.placed(what) from None
+
+        return Captured.open(self.make("said", parts, fill))
+
+    def source(self, index: int, path: Path, digest: str) -> Source:
+        """A source, with all that brings it to the target's tokens."""
+        op, ours, theirs = self.job.op, self.readers[self.job.target], self.readers[path]
+        said = self.said(index, path, digest)
+        tokens = self.tokens(path)
+        if op.loss.kind == "alm":
+            return Source(tokens, said, None, None)
+        vocabulary = self._vocabulary(theirs, ours)
+        align = op.align
+        parts = {
+            "documents": self.digest,
+            "tokenizers": [theirs.digest, ours.digest],
+            "align": [align.method, align.vocab if align.method == "dtw" else align.valid],
+        }
+
+        def fill(folder: Path) -> None:
+            target = self.tokens(self.job.target)
+            if align.method == "dtw":
+                aligning.warp(tokens, target, (theirs, ours), vocabulary).save(folder)
+            else:
+                aligning.align(tokens, target, align.valid).save(folder)
+
+        return Source(tokens, said, aligning.Aligned.open(self.make("pairs", parts, fill)), vocabulary)
+
+    def _vocabulary(self, source: Tokenizer, target: Tokenizer) -> NDArray[np.int32]:
+        from safetensors.numpy import save_file
+
+        kind = self.job.op.align.vocab
+
+        def fill(folder: Path) -> None:
+            save_file({"ids": projecting.vocabulary_map(source, target, kind)}, folder / MAP)
+
+        parts = {"tokenizers": [source.digest, target.digest], "kind": kind}
+        found: NDArray[np.int32] = tokenising.read_tensors(self.make("vocabulary", parts, fill) / MAP)["ids"]
+        return found
+
+
+# Lessons
+
+
+Row = tuple[int, ...]
+"""Documents that stand one behind the other."""
+
+
+class Texts(Lessons):
+    """Documents in the target's tokens, and what each source says of them: w L_CLM + (1 - w) L_FUSE, each a mean over predictions."""
+
+    def __init__(self, op: Fuse, tokens: Tokenised, vocab: int, longest: int, sources: Sequence[Source], seed: int,
+                 device: str) -> None:  # fmt: skip
+        self.op, self.target, self.vocab, self.longest, self.sources = op, tokens, vocab, longest, sources
+        self.seed, self.device = seed, device
+        self.sizes = np.diff(tokens.offsets)
+        bad = np.zeros(len(self.sizes), dtype=bool)
+        for source in sources:
+            bad |= source.said.bad
+        self.documents = np.flatnonzero((self.sizes > 1) & ~bad)
+        self.dropped = int(bad.sum())
+
+    @property
+    def tokens(self) -> int:
+        """The most tokens that run together."""
+        return max(self.op.train.micro_batch_tokens, self.longest if self.op.pack else int(self.sizes.max(initial=0)))
+
+    @cached_property
+    def shares(self) -> NDArray[np.float64]:
+        """(sources, documents): how much each source counts for a document alone."""
+        return self._choose([(one,) for one in range(len(self.sizes))])
+
+    def _choose(self, groups: Sequence[Row]) -> NDArray[np.float64]:
+        """(sources, groups): how much each source counts for documents together."""
+        fusion = self.op.fusion
+        rates = []
+        for source in self.sources:
+            sums, units = selecting.score(source.said, fusion.metric)
+            rates.append(selecting.rate(*(np.array([one[list(row)].sum() for row in groups]) for one in (sums, units))))
+        function: Any = self.op.function
+        return selecting.choose(np.stack(rates), function, fusion.temperature, self.op.weights)
+
+    def epoch(self, number: int) -> Sequence[Step]:
+        """Steps of rows in the order of the seed; of each step those of like lengths run together."""
+        train = self.op.train
+        shuffled = self.documents[order(len(self.documents), self.seed, number)].tolist()
+        rows = self._rows(shuffled)
+        steps: list[Step] = []
+        own: list[Row] = []
+        for index, row in enumerate(rows):
+            own.append(row)
+            if sum(self._length(one) for one in own) >= train.batch_tokens or index + 1 == len(rows):
+                steps.append(self._step(own))
+                own = []
+        return steps
+
+    def _length(self, row: Row) -> int:
+        return int(self.sizes[list(row)].sum())
+
+    def _rows(self, documents: Sequence[int]) -> list[Row]:
+        if not self.op.pack:
+            return [(one,) for one in documents]
+        rows: list[Row] = []
+        row: list[int] = []
+        for one in documents:
+            if row and self._length((*row, one)) > self.longest:
+                rows.append(tuple(row))
+                row = []
+            row.append(one)
+        return [*rows, tuple(row)]
+
+    def _step(self, rows: Sequence[Row]) -> Step:
+        parts: list[tuple[Row, ...]] = []
+        part: list[Row] = []
+        for row in sorted(rows, key=self._length, reverse=True):
+            if part and (len(part) + 1) * self._length(part[0]) > self.op.train.micro_batch_tokens:
+                parts.append(tuple(part))
+                part = []
+            part.append(row)
+        parts.append(tuple(part))
+        tokens = sum(self._length(row) for row in rows)
+        return Step(tuple(parts), sum(map(len, rows)), tokens)
+
+    def losses(self, model: nn.Module, step: Step, part: Any, done: float) -> Mapping[str, Tensor]:
+        """What some rows lose, as their share of the step's mean."""
+        import torch
+
+        inputs, at = self._inputs(part)
+        logits = model(**inputs, use_cache=False).logits[..., : self.vocab].float()
+        documents = [one for row in part for one in row]
+        count = step.tokens - step.documents  # predictions of the whole step
+        weight = self.op.loss.clm_weight
+        if weight == 1:
+            following = self._following(documents).to(logits.device)
+            own = _picked(logits.log_softmax(-1), at, following[:, None])[:, 0]
+            loss = -own.sum() / count
+            return {"loss": loss, "clm_loss": loss.detach()}
+        if self.op.loss.kind == "alm":
+            following = self._following(documents).to(logits.device)
+            own = _picked(logits.log_softmax(-1), at, following[:, None])[:, 0]
+            taught = self._stretches(own, part)
+        else:
+            own, taught = self._distributions(logits, at, part)
+        clm, fused = -own.sum() / count, taught * (len(own) / count)
+        loss = weight * clm + (1 - weight) * fused
+        return {"loss": loss, "clm_loss": clm.detach(), "fuse_loss": torch.as_tensor(fused).detach()}
+
+    def _following(self, documents: Sequence[int]) -> Tensor:
+        import torch
+
+        found = [self.target.document(one)[0][1:] for one in documents]
+        return torch.from_numpy(np.concatenate(found).astype(np.int64))
+
+    def _inputs(self, part: Sequence[Row]) -> tuple[dict[str, Tensor], Tensor]:
+        """Rows as the model reads them, and where in the rows together each prediction stands."""
+        import torch
+
+        width = max(map(self._length, part))
+        ids = np.zeros((len(part), width), dtype=np.int64)
+        places, owners = np.zeros_like(ids), np.full_like(ids, -1)
+        at: list[NDArray[np.int64]] = []
+        for index, row in enumerate(part):
+            start = 0
+            for one in row:
+                own, _ = self.target.document(one)
+                stop = start + len(own)
+                ids[index, start:stop], places[index, start:stop] = own, np.arange(len(own))
+                owners[index, start:stop] = one
+                at.append(index * width + np.arange(start, stop - 1))
+                start = stop
+        inputs = {"input_ids": ids}
+        if all(len(row) == 1 for row in part):
+            inputs["attention_mask"] = (owners >= 0).astype(np.int64)
+        else:
+            # Each sees those before it in its own document; padding sees itself, since a row of no one is NaN.
+            same = owners[:, :, None] == owners[:, None, :]
+            inputs["attention_mask"] = (same & np.tri(width, dtype=bool))[:, None]
+            inputs["position_ids"] = places
+        found = {name: torch.from_numpy(one).to(self.device) for name, one in inputs.items()}
+        return found, torch.from_numpy(np.concatenate(at)).to(self.device)
+
+    def _weights(self, part: Sequence[Row]) -> list[NDArray[np.float64]]:
+        """For each document of some rows the share of each source."""
+        if self.op.fusion.granularity == "document":
+            return [self.shares[:, one] for row in part for one in row]
+        shares = self._choose(part)
+        return [shares[:, index] for index, row in enumerate(part) for _ in row]
+
+    def _distributions(self, logits: Tensor, at: Tensor, part: Sequence[Row]) -> tuple[Tensor, Tensor]:
+        """The log-probabilities of the true tokens, and the mean loss against what the sources say."""
+        settings, align = self.op.loss, self.op.align
+        found = []
+        for one, shares in zip([one for row in part for one in row], self._weights(part), strict=True):
+            here = slice(self.target.offsets[one], self.target.offsets[one + 1])
+            given = [
+                teaching.targets(
+                    source.said.document(one),
+                    source.pairs.starts[here],
+                    source.pairs.stops[here],
+                    self.target.ids[here],
+                    source.vocabulary,
+                    unmatched=align.unmatched,
+                    chunk_correction=align.chunk_correction,
+                )
+                for source, share in zip(self.sources, shares, strict=True)
+                if share > 0 and source.pairs is not None and source.vocabulary is not None
+            ]
+            found.append(teaching.mix(given, [share for share in shares if share > 0]))
+        taught = teaching.join(found).tensors(self.device)
+        student = _picked(logits.log_softmax(-1), at, taught["ids"])
+        own = student[:, 0]
+        if settings.student_temperature != 1:
+            student = _picked((logits / settings.student_temperature).log_softmax(-1), at, taught["ids"])
+        lost = losses.fuse_loss(
+            student,
+            taught,
+            kind="kl" if settings.kind == "kl" else "soft_ce",
+            tail=settings.tail,
+            teacher_temperature=settings.teacher_temperature,
+        )
+        return own, lost.sum() / taught["valid"].sum().clamp_min(1)
+
+    def _stretches(self, own: Tensor, part: Sequence[Row]) -> Tensor:
+        """The mean loss against the probabilities that the sources give to stretches of text."""
+        import torch
+
+        documents, shares = [one for row in part for one in row], self._weights(part)
+        total, weight = own.new_zeros(()), 0.0
+        for number, source in enumerate(self.sources):
+            found = [
+                teaching.chunks(
+                    source.said.document(one).true, source.tokens.document(one)[1], self.target.document(one)[1]
+                )
+                for one in documents
+            ]
+            each = np.repeat([share[number] for share in shares], [len(one.said) for one in found])
+            joined = teaching.join_chunks(found)
+            index, said = (torch.from_numpy(one).to(own.device) for one in (joined.index, joined.said))
+            lost = losses.alm_loss(own, index, said, self.op.loss.alm_tau)
+            total = total + (lost * torch.from_numpy(each).to(lost)).sum()
+            weight += float(each.sum())
+        return total / max(weight, 1e-9)
+
+
+def _picked(log_probs: Tensor, at: Tensor, ids: Tensor) -> Tensor:
+    """(n, K): of (rows, places, V) log-probabilities those of `ids` (n, K) at the places `at` (n,) in all rows together."""
+    vocab = log_probs.shape[-1]
+    return log_probs.flatten().take(at[:, None] * vocab + ids)
+
+
+def lessons(job: FuseJob, target: models.Folder, sources: Sequence[models.Folder], seed: int) -> Texts:
+    """Run what has not been run, and make lessons of it. Raises InputError where no document is left, RecipeError where documents
+    cannot be packed for a model."""
+    if job.op.pack and not _takes_places(target):
+        raise RecipeError(
+            f"{target.architecture} cannot be told which tokens stand where, so documents cannot share a row",
+            where="pack",
+            fix="Write `pack: false`.",
+        )
+    op = job.op.settled
+    job = replace(job, op=op)
+    kept = _Kept(job, target)
+    teachers = job.teachers if op.teaches else ()
+    found = [kept.source(*one) for one in teachers]
+    tokens = kept.tokens(job.target)
+    reader, longest = kept.readers[job.target], kept.longest[job.target]
+    texts = Texts(op, tokens, reader.size, longest, found, seed, job.device)
+    if not len(texts.documents):
+        raise InputError("has no document that all models can read", where=job.data.path)
+    if texts.dropped:
+        job.progress(f"documents with NaN or Inf, left out: {texts.dropped}", 0, 0)
+    return texts
+
+
+def _takes_places(folder: models.Folder) -> bool:
+    """Whether a model's class reads where each token stands."""
+    made = getattr(models.transformers(), folder.architecture, None)
+    return made is not None and "position_ids" in inspect.signature(made.forward).parameters

@@ -1,0 +1,249 @@
+"""`op: fuse` with `task: causal_lm`, from recipe to result: models of several tokenizers, kills, and what cannot be."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
+from test_fuse import artifact, killed, ran, run
+from test_fuse_alignment import TEXTS, TRAINED_ON, tokenizer
+from test_fuse_language import gpt
+from test_stages import mlp, weights, write_recipe
+from tokenizers import normalizers
+from toys import call
+
+from mergeflow import pipeline
+from mergeflow.errors import InputError, MergeflowError, NumericError, RecipeError
+from mergeflow.recipe import load_recipe
+from mergeflow.stages.fuse import training
+
+__all__ = ["ran"]
+TRAIN: dict[str, Any] = {"epochs": 2, "batch_tokens": 120, "micro_batch_tokens": 64, "lr": 1e-3, "checkpoint_every": 2}
+FUSED: dict[str, Any] = {
+    "op": "fuse",
+    "task": "causal_lm",
+    "target": "start",
+    "sources": ["a", "b"],
+    "data": "texts",
+    "capture": {"top_k": 8},
+    "train": TRAIN,
+}
+KINDS = {"start": ("byte-level", 300), "a": ("byte-level", 340), "b": ("metaspace", 380)}
+
+
+def language_model(folder: Path, kind: str, size: int, seed: int, normalizer: Any = None, **config: Any) -> Path:
+    """A small GPT with a tokenizer of its own."""
+    backend = type(tokenizer(kind, size).backend).from_str(tokenizer(kind, size).backend.to_str())
+    if normalizer is not None:
+        backend.normalizer = normalizer
+    gpt(backend.get_vocab_size(), seed, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, **config).save_pretrained(
+        folder
+    )
+    backend.save(str(folder / "tokenizer.json"))
+    roles = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+    (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "PreTrainedTokenizerFast", **roles}))
+    return folder
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with language models `start`, `a` and `b` of three tokenizers, texts, and a cache of its own."""
+    monkeypatch.setenv("MERGEFLOW_CACHE", str(tmp_path / "cache"))
+    monkeypatch.chdir(tmp_path)
+    for seed, (name, (kind, size)) in enumerate(KINDS.items()):
+        language_model(tmp_path / name, kind, size, seed)
+    lines = [json.dumps({"text": text}) for text in (*TEXTS, *TRAINED_ON[:2])]
+    (tmp_path / "texts.jsonl").write_text("\n".join(lines) + "\n")
+    return tmp_path
+
+
+def fuse(here: Path, out: str = "out", **changed: Any) -> pipeline.Result:
+    return run(here, out, node=FUSED, corpora={"texts": {"path": "./texts.jsonl"}}, **changed)
+
+
+def steps(result: pipeline.Result) -> list[dict[str, float]]:
+    return [json.loads(line) for line in (artifact(result) / training.METRICS).read_text().splitlines()]
+
+
+def test_the_target_learns_what_models_of_other_tokenizers_say_and_keeps_its_form(here: Path) -> None:
+    train = {**TRAIN, "epochs": 20, "batch_tokens": 10_000}
+    found = steps(fuse(here, train=train, loss={"clm_weight": 0.0}))
+    assert len(found) == 20 and found[-1]["fuse_loss"] < 0.9 * found[0]["fuse_loss"]
+    start, made = weights(here / "start"), weights(here / "out")
+    assert {name: (one.dtype, one.shape) for name, one in made.items()} == {
+        name: (one.dtype, one.shape) for name, one in start.items()
+    }
+    for file in ("config.json", "tokenizer.json"):
+        assert json.loads((here / "out" / file).read_text()) == json.loads((here / "start" / file).read_text())
+    assert transformers.AutoModelForCausalLM.from_pretrained(here / "out").config.vocab_size == 300
+
+
+@pytest.mark.parametrize("kind", ["soft_ce", "kl", "alm"])
+def test_a_target_that_is_its_own_only_source_rests(here: Path, kind: str) -> None:
+    """With all ids kept, the same tokenizer and the same weights, nothing is to be learnt (to float16, or float32 for ALM)."""
+    settings = {} if kind == "alm" else {"capture": {"top_k": 300, "dtype": "float32"}}
+    loss = {"kind": kind, "clm_weight": 0.0}
+    found = steps(fuse(here, sources=["start"], loss=loss, **{"capture": {}, **settings}))
+    assert found[0]["gradient_norm"] < 1e-5, found[0]
+
+
+def test_plain_training_runs_no_source_and_is_what_a_loop_of_ones_own_gives(here: Path, ran: list[str]) -> None:
+    texts = TEXTS[:3]  # which the model reads whole
+    (here / "texts.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    settings = {**TRAIN, "batch_tokens": 10_000, "micro_batch_tokens": 10_000, "warmup_ratio": 0.0}
+    plain = {"loss": {"clm_weight": 1}, "capture": {}, "pack": False, "train": settings}
+    fuse(here, **plain)
+    assert ran == ["start"]
+    fuse(here, "other", sources=["b"], **plain)
+    assert (here / "out/model.safetensors").read_bytes() == (here / "other/model.safetensors").read_bytes()
+
+    model = transformers.AutoModelForCausalLM.from_pretrained(here / "start").train()
+    reader = tokenizer(*KINDS["start"]).backend
+    rows = [torch.tensor(reader.encode(text).ids) for text in texts]
+    matrices = [one for one in model.parameters() if one.ndim > 1]
+    others = [one for one in model.parameters() if one.ndim < 2]
+    optimiser = torch.optim.AdamW(
+        [{"params": matrices, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}], betas=(0.9, 0.95)
+    )
+    for step in range(2):
+        losses = []
+        for row in rows:
+            logits = model(input_ids=row[None]).logits[0, :-1]
+            losses.append(torch.nn.functional.cross_entropy(logits, row[1:], reduction="sum"))
+        (sum(losses) / sum(len(row) - 1 for row in rows)).backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        for group in optimiser.param_groups:
+            group["lr"] = 1e-3 * 0.5 * (1 + math.cos(math.pi * step / 2))
+        optimiser.step()
+        optimiser.zero_grad()
+    made = weights(here / "out")
+    for name, one in model.state_dict().items():
+        if name in made and not name.endswith("c_attn.bias"):  # of keys it has no gradient but rounding
+            assert torch.allclose(one, made[name], atol=2e-5), name
+
+
+def test_packed_rows_teach_what_rows_of_one_document_do(here: Path) -> None:
+    train = {**TRAIN, "batch_tokens": 10_000, "micro_batch_tokens": 128}
+    packed, alone = (steps(fuse(here, f"out{pack}", pack=pack, train=train))[0] for pack in (True, False))
+    for name in ("clm_loss", "fuse_loss"):
+        assert packed[name] == pytest.approx(alone[name], rel=2e-2 if name == "fuse_loss" else 1e-5)
+
+
+def test_what_is_kept_is_used_again_as_far_as_it_is_the_same(here: Path, ran: list[str]) -> None:
+    fuse(here)
+    assert sorted(ran) == ["a", "b", "start"]
+    for again, wanted in (
+        ({}, []),
+        ({"loss": {"clm_weight": 0.25}}, ["start"]),
+        ({"fusion": {"function": "avg"}}, ["start"]),
+        ({"capture": {"top_k": 4}}, ["a", "b", "start"]),
+        ({"sources": ["a", "b", "start"]}, ["start", "start"]),
+        ({"loss": {"kind": "alm"}, "capture": {}}, ["a", "b", "start"]),
+    ):
+        ran.clear()
+        fuse(here, f"out{len(str(again))}", **again)
+        assert sorted(ran) == wanted, again
+    state = load_file(here / "a/model.safetensors")
+    changed = {**state, "transformer.ln_f.bias": state["transformer.ln_f.bias"] + 0.125}
+    save_file(changed, here / "a/model.safetensors", metadata={"format": "pt"})
+    ran.clear()
+    fuse(here, "changed")
+    assert sorted(ran) == ["a", "start"]
+
+
+@pytest.mark.parametrize("at", [("training", "_State", "note", 4), ("capturing", "Shards", "write", 2)])
+def test_a_run_that_was_killed_goes_on_and_ends_in_the_same_bytes(
+    here: Path, monkeypatch: pytest.MonkeyPatch, ran: list[str], at: tuple[str, str, str, int]
+) -> None:
+    fuse(here, "whole")
+    monkeypatch.setenv("MERGEFLOW_CACHE", str(here / "other"))
+    killed(here, *at)
+    assert not (here / "out").exists()
+    ran.clear()
+    fuse(here)
+    assert ran == (["start"] if at[0] == "training" else ["b", "start"]), "what was made is not made again"
+    assert (here / "out/model.safetensors").read_bytes() == (here / "whole/model.safetensors").read_bytes()
+
+
+def test_two_fused_pairs_and_their_merge_are_one_recipe(here: Path) -> None:
+    """FuseChat (arXiv:2408.07990): each source into the pivot, then `sce` over what came out."""
+    pairs = {f"from_{name}": {**FUSED, "sources": [name]} for name in ("a", "b")}
+    models = {name: f"./{name}" for name in KINDS}
+    data = {"texts": {"path": "./texts.jsonl"}}
+    sce = {"op": "sce", "base": "start", "inputs": list(pairs), "select_topk": 0.5}
+    recipe = write_recipe(here, {**pairs, "chat": sce}, models=models, data=data, output={"node": "chat"})
+    result = pipeline.run(load_recipe(recipe), "chat", threads=1)
+    parts = {name: f"./cache/artifacts/{key}" for name, key, _ in result.stages}
+    alone = write_recipe(here, {"chat": sce}, models={"start": "./start", **parts}, data={})
+    pipeline.run(load_recipe(alone), "alone", threads=1)
+    made = (here / "chat/model.safetensors").read_bytes()
+    assert made == (here / "alone/model.safetensors").read_bytes()
+    assert made != (here / "start/model.safetensors").read_bytes()
+
+
+def test_the_papers_preset_gives_way_to_what_is_written(here: Path, ran: list[str]) -> None:
+    plain = {"preset": "fusellm_v1", "capture": {}}
+    found = steps(fuse(here, **plain))
+    assert sorted(ran) == ["a", "b", "start", "start"], "the start is one of its sources"
+    assert found[0]["loss"] == pytest.approx(0.9 * found[0]["clm_loss"] + 0.1 * found[0]["fuse_loss"], rel=1e-5)
+    found = steps(fuse(here, "other", loss={"clm_weight": 0.5}, **plain))
+    assert found[0]["loss"] == pytest.approx(0.5 * found[0]["clm_loss"] + 0.5 * found[0]["fuse_loss"], rel=1e-5)
+
+
+@pytest.mark.parametrize("changed", [{}, {"loss": {"kind": "alm"}, "capture": {}}, {"loss": {"clm_weight": 1}, "capture": {}}])  # fmt: skip
+def test_a_plan_says_about_what_disk_a_fuse_takes(here: Path, changed: Mapping[str, Any]) -> None:
+    (here / "texts.jsonl").write_text("".join(json.dumps({"text": text * 8}) + "\n" for text in TRAINED_ON * 4))
+    result = fuse(here, train={**TRAIN, "epochs": 1, "batch_tokens": 100_000}, **changed)
+    assert call("cache", "clear").code == 0
+    (told,) = json.loads(call("plan", "recipe.yaml", "--json").out)["stages"]
+    fuse(here, "again", train={**TRAIN, "epochs": 1, "batch_tokens": 100_000}, **changed)
+    kept = sum(path.stat().st_size for path in (here / "cache/artifacts").rglob("*") if path.is_file())
+    count = sum(one.numel() for one in weights(here / "start").values())
+    assert told["needs"]["disk"] == pytest.approx(kept + 12 * count, rel=0.5)
+    assert told["needs"]["memory"] >= 16 * count
+    assert result.rows
+
+
+# What cannot be
+
+
+@pytest.mark.parametrize(
+    ("changed", "error", "words"),
+    [
+        ({"sources": ["lower"]}, InputError, "lower case"),
+        ({"sources": ["numbers"]}, RecipeError, "MergeflowMLP is no causal language model"),
+        ({"sources": ["broken"]}, NumericError, "NaN"),
+        ({"max_length": 100}, RecipeError, "reads 64 tokens, and documents are to have 100"),
+        ({"data": "empty"}, InputError, "has no row that can be used"),
+        ({"data": "blank"}, InputError, "has no row that can be used"),
+        ({"max_length": 2}, MergeflowError, "2"),
+        ({"batch_size": 4}, RecipeError, "`batch_size` says nothing for `task: causal_lm`"),
+        ({"fusion": {"average": "logits"}}, RecipeError, "`average` says nothing for `task: causal_lm`"),
+        ({"loss": {"alm_tau": 2.0}}, RecipeError, "`alm_tau` says nothing for `loss: {kind: soft_ce}`"),
+        ({"loss": {"kind": "alm"}}, RecipeError, "`top_k` says nothing for `loss: {kind: alm}`"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_is_said_and_nothing_is_written(
+    here: Path, changed: dict[str, Any], error: type[Exception], words: str
+) -> None:
+    language_model(here / "lower", "byte-level", 320, 5, normalizers.Lowercase())
+    mlp(here / "numbers")
+    state = load_file(language_model(here / "broken", "byte-level", 320, 6) / "model.safetensors")
+    save_file(
+        {**state, "transformer.ln_f.bias": state["transformer.ln_f.bias"] + torch.nan},
+        here / "broken/model.safetensors", metadata={"format": "pt"},
+    )  # fmt: skip
+    (here / "empty.jsonl").write_text("")
+    (here / "blank.jsonl").write_text('{"text": ""}\n')
+    data = {name: {"path": f"./{name}.jsonl"} for name in ("texts", "empty", "blank")}
+    with pytest.raises(error) as raised:
+        run(here, node=FUSED, corpora=data, **changed)
+    assert words in str(raised.value)
+    assert not (here / "out").exists()
