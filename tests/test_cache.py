@@ -11,6 +11,7 @@ import pytest
 
 from mergeflow import cache
 from mergeflow.errors import MachineError
+from mergeflow.writing.claim import Claim
 from tests.toys import call
 
 DAY = 86400.0
@@ -80,6 +81,7 @@ def test_list_tells_keys_sizes_and_times(root: Path) -> None:
     assert told == {
         "root": str(root),
         "artifacts": [{"key": "one", "path": str(path), "bytes": 2000, "used": path.stat().st_mtime}],
+        "unfinished": [],
     }
     text = call("cache", "list").out
     assert "one" in text
@@ -90,7 +92,7 @@ def test_clear_deletes_all_or_some_or_what_was_not_used_lately(root: Path) -> No
     for index in range(4):
         artifact(f"k{index}", 100, days=index)
     (root / "work" / "k1").mkdir(parents=True)
-    assert call("cache", "clear", "k1").out == "1 artifact deleted, 100 B\n"
+    assert call("cache", "clear", "k1").out == "1 artifact and 1 unfinished deleted, 100 B\n"
     assert not (root / "work" / "k1").exists()
     assert {one.key for one in cache.entries()} == {"k0", "k2", "k3"}
     assert call("cache", "clear", "--older-than", "2.5").out == "1 artifact deleted, 100 B\n"
@@ -109,10 +111,58 @@ def test_a_key_that_is_not_there_is_said(root: Path) -> None:
     assert [one.key for one in cache.entries()] == ["k0"]
 
 
-def test_what_a_run_is_making_is_left_alone(root: Path) -> None:
-    staging = root / "artifacts" / ".k.staging"
-    staging.mkdir(parents=True)
-    (root / "work" / "k").mkdir(parents=True)
-    assert call("cache", "clear").code == 0
-    assert staging.exists()
-    assert (root / "work" / "k").exists()
+def left(key: str, size: int = 50, days: float = 0.0) -> list[Path]:
+    """What a killed stage leaves: its scratch folder, and the folder that was to become the artifact."""
+    paths = [cache.work_path(key), cache.artifact_path(key).with_name(f".{key}.staging")]
+    for path in paths:
+        (path / "groups").mkdir(parents=True)
+        (path / "groups" / "0.safetensors").write_bytes(b"x" * size)
+        os.utime(path / "groups" / "0.safetensors", (time.time() - days * DAY,) * 2)
+    return paths
+
+
+def test_what_a_run_is_making_is_listed_as_such_and_left_alone(root: Path) -> None:
+    work, staging = left("k")
+    claim = Claim.take(work, cache.artifact_path("k"))
+    try:
+        assert "is being made" in call("cache", "list").out
+        assert [one["running"] for one in json.loads(call("cache", "list", "--json").out)["unfinished"]] == [True]
+        assert call("cache", "clear").out == "0 artifacts deleted, 0 B\n"
+        assert call("cache", "clear", "k").out == "0 artifacts deleted, 0 B\n"
+        assert work.exists()
+        assert staging.exists()
+    finally:
+        claim.release()
+    assert call("cache", "clear").out == "0 artifacts and 1 unfinished deleted, 100 B\n"
+    assert not work.exists()
+    assert not staging.exists()
+
+
+def test_what_killed_stages_left_is_listed_and_cleared_by_key_and_age(root: Path) -> None:
+    artifact("whole", 10)
+    old, new = left("old", days=3), left("new")
+    told = json.loads(call("cache", "list", "--json").out)
+    assert [one["key"] for one in told["artifacts"]] == ["whole"]
+    assert [(one["key"], one["bytes"], one["running"]) for one in told["unfinished"]] == [
+        ("new", 100, False),
+        ("old", 100, False),
+    ]
+    lines = call("cache", "list").out.splitlines()
+    assert [line.endswith("  unfinished") for line in lines] == [False, True, True, False]
+    assert lines[-1].startswith("1 artifact and 2 unfinished, 210 B")
+    assert call("cache", "clear", "--older-than", "2").out == "0 artifacts and 1 unfinished deleted, 100 B\n"
+    assert [path.exists() for path in (*old, *new)] == [False, False, True, True]
+    assert call("cache", "clear", "new").out == "0 artifacts and 1 unfinished deleted, 100 B\n"
+    assert [one.key for one in cache.entries()] == ["whole"]
+    assert list(cache.unfinished()) == []
+
+
+def test_links_in_the_cache_are_not_followed(root: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+    elsewhere = tmp_path_factory.mktemp("elsewhere")
+    (elsewhere / "kept").write_text("x")
+    (root / "artifacts").mkdir()
+    (root / "artifacts" / "link").symlink_to(elsewhere)
+    left("k")
+    (cache.work_path("k") / "link").symlink_to(elsewhere)
+    assert call("cache", "clear").out == "0 artifacts and 1 unfinished deleted, 100 B\n"
+    assert (elsewhere / "kept").exists()

@@ -34,7 +34,7 @@ def recipe(tmp_path: Path) -> Recipe:
 
 
 def data_of(recipe: Recipe) -> dict[str, Any]:
-    return plan_data(pipeline.plan(recipe), threads=2, peak=10_000_000, free=7_000_000_000)
+    return plan_data(pipeline.plan(recipe), device="cpu", threads=2, peak=10_000_000, free=7_000_000_000)
 
 
 def test_the_data_says_what_headers_can_tell(recipe: Recipe) -> None:

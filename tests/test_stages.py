@@ -162,13 +162,35 @@ def test_an_artifact_is_shared_by_recipes_that_call_it_otherwise(here: Path) -> 
     assert artifacts(here) == written
 
 
-def test_an_artifact_that_was_cleared_is_made_again_and_the_output_is_found(here: Path) -> None:
+def test_a_finished_output_does_not_need_its_artifacts_any_more(here: Path) -> None:
     first = pipeline.run(recipe(), "one")
     cache.clear()
     again = pipeline.run(recipe(), "one")
-    assert made_before(again) == {"gram_a": False, "gram_b": False}
-    assert keys(again) == keys(first)
-    assert set(artifacts(here)) == set(keys(first).values())
+    assert (again.made, again.digest, again.rows, again.stages) == (False, first.digest, first.rows, ())
+    assert artifacts(here) == {}, "nothing was collected for what is there already"
+    assert call("verify", "one").code == 0
+    anew = pipeline.run(recipe(), "two")
+    assert made_before(anew) == {"gram_a": False, "gram_b": False}
+    assert keys(anew) == keys(first)
+    assert (here / "one/model.safetensors").read_bytes() == (here / "two/model.safetensors").read_bytes()
+    assert (here / "one/mergeflow.json").read_bytes() == (here / "two/mergeflow.json").read_bytes()
+
+
+@pytest.mark.parametrize("what", ["data", "model", "recipe"])
+def test_an_output_without_its_artifacts_is_made_anew_where_anything_changed(here: Path, what: str) -> None:
+    pipeline.run(recipe(), "one")
+    cache.clear()
+    given = recipe()
+    if what == "data":
+        rows(here / "rows.jsonl", seed=3)
+    elif what == "model":
+        mlp(here / "a", 3)
+    else:
+        given = recipe(
+            {"gram_a": GRAM, "gram_b": {**GRAM, "model": "b", "data": "more"}, "merged": {**MERGED, "alpha": 0.5}}
+        )
+    assert pipeline.run(given, "one", force=True).made
+    assert len(artifacts(here)) == 2
 
 
 def test_stages_that_no_output_needs_are_not_run(here: Path) -> None:
