@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from mergeflow.graph import Plan
     from mergeflow.pipeline import Result, plan, run
     from mergeflow.recipe import Recipe, load_recipe
+    from mergeflow.verifying import verify
 
 _HOMES = {
     "errors": (
@@ -45,6 +46,7 @@ _HOMES = {
     "graph": ("Plan",),
     "pipeline": ("Result", "plan", "run"),
     "recipe": ("Recipe", "load_recipe"),
+    "verifying": ("verify",),
 }
 
 __all__ = [
@@ -63,6 +65,7 @@ __all__ = [
     "load_recipe",
     "plan",
     "run",
+    "verify",
 ]
 
 

@@ -479,6 +479,36 @@ def check(
 
 
 @commands.command()
+@click.argument("out", type=click.Path())
+@click.option(
+    "--replay",
+    type=click.IntRange(min=0),
+    default=0,
+    metavar="N",
+    help="Also make N tensors again from the recipe inside.",
+)
+@click.option("--seed", type=int, default=0, show_default=True, help="Which tensors --replay draws.")
+@how_options
+@json_option
+@click.option("-q", "--quiet", is_flag=True, help="No progress.")
+def verify(out: str, replay: int, seed: int, as_json: bool, quiet: bool, **how: Any) -> None:
+    """Hold the output folder OUT against its own manifest: every byte of every file.
+
+    Exit 0 where all is as it was written; exit 1 with the file or tensor that was changed or is missing. --replay makes tensors again
+    from the recipe inside the output and compares bits; inputs that are missing or have changed since are named, with exit 3.
+    """
+    from mergeflow import verifying
+
+    check_device(how["device"])
+    with _Progress(quiet) as shown:
+        found = verifying.verify(out, replay=replay, seed=seed, progress=shown.update, **how)
+    data = verifying.verification_data(found)
+    click.echo(json.dumps(data, indent=1) if as_json else verifying.verification_text(found))
+    if not found.passed:
+        raise click.exceptions.Exit(1)
+
+
+@commands.command()
 @click.argument("recipes", nargs=-1, required=True, type=click.Path())
 @settings_option
 @json_option
@@ -741,7 +771,7 @@ def check_device(device: str) -> None:
             )
 
 
-_BYTES = ("fetch", "read", "write")
+_BYTES = ("fetch", "read", "compute", "write")
 """Work that is counted in bytes; stages count batches, layers or examples."""
 
 

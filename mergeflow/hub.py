@@ -199,23 +199,23 @@ class LocalFolder:
         return (self.root / name).is_file()
 
     def size(self, name: str) -> int:
-        with self._opened(name) as descriptor:
+        with self.opened(name) as descriptor:
             return os.fstat(descriptor).st_size
 
     def read(self, name: str, limit: int = SMALL_FILE) -> bytes:
-        with self._opened(name) as descriptor:
+        with self.opened(name) as descriptor:
             size = os.fstat(descriptor).st_size
             _check_small(size, limit, place_of(self, name))
             return _pread(descriptor, 0, size, place_of(self, name))
 
     def read_range(self, name: str, start: int, stop: int) -> bytes:
-        with self._opened(name) as descriptor:
+        with self.opened(name) as descriptor:
             return _pread(descriptor, start, stop, place_of(self, name))
 
     def local(self, names: Sequence[str], progress: Progress | None = None) -> dict[str, Path]:
         paths = {}
         for name in names:
-            with self._opened(name):
+            with self.opened(name):
                 paths[name] = self.root / name
         return paths
 
@@ -223,7 +223,7 @@ class LocalFolder:
         return None
 
     @contextmanager
-    def _opened(self, name: str) -> Iterator[int]:
+    def opened(self, name: str) -> Iterator[int]:
         """A descriptor of a regular file inside the folder; pipes and devices are refused without waiting for them."""
         where = place_of(self, name)
         try:

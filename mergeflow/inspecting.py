@@ -17,8 +17,8 @@ from mergeflow.checkpoint import Checkpoint, StoredTensor
 from mergeflow.checkpoint.adapter import Adapter
 from mergeflow.checkpoint.statistics import Statistics
 from mergeflow.errors import InputError, printable
+from mergeflow.manifest import MANIFEST
 from mergeflow.planning import EMBEDDINGS, HEADS, QUANTISED, SPACE_KEY
-from mergeflow.publishing import MANIFEST
 from mergeflow.settings import places, runs
 
 LONGEST_WORD = 200

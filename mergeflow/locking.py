@@ -31,13 +31,14 @@ from mergeflow import __version__, pipeline
 from mergeflow.errors import InputError, RecipeError, printable, raise_all
 from mergeflow.fingerprints import STANDARD_ERROR, Fingerprint, Fingerprinting, drift
 from mergeflow.graph import Plan
+from mergeflow.manifest import MANIFEST
 from mergeflow.pipeline import Progress
 from mergeflow.planning import applications
 from mergeflow.planning.findings import Findings
 from mergeflow.recipe import ExpectSection, Recipe
 from mergeflow.reporting import markdown_cell
 from mergeflow.settings import places, value_at
-from mergeflow.writing import MANIFEST, disk
+from mergeflow.writing import disk
 
 LARGEST_LOCK = 512 * 2**20
 SHOWN = 20

@@ -13,7 +13,7 @@ import platform
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from importlib.metadata import version
@@ -39,6 +39,7 @@ from mergeflow.errors import (
 )
 from mergeflow.graph import Plan, PlannedStage, SideFile
 from mergeflow.hub import is_local, locate
+from mergeflow.manifest import FORMAT, MANIFEST, check_folder, encode_manifest, file_facts, shard_facts
 from mergeflow.ops.statistics import StageOp
 from mergeflow.ops.unchanged import Unchanged
 from mergeflow.planning import (
@@ -54,13 +55,12 @@ from mergeflow.planning import (
 from mergeflow.preparing import Runner, Stage, prepare
 from mergeflow.publishing import CARD, RECIPE, side_files
 from mergeflow.recipe import ArtifactSource, ModelSource, Recipe
-from mergeflow.writing import MANIFEST, Finished, Staging, finished_digest, free_bytes, refuse, repair
+from mergeflow.writing import Finished, Staging, finished_digest, free_bytes, refuse, repair
 
 if TYPE_CHECKING:
     from mergeflow.executing import Reading, Report, Sink
 
 LEAST_MEMORY = 64 * 2**20
-MANIFEST_FORMAT = 1
 
 Progress = Callable[[str, int, int], None]
 """Called with what is going on (`fetch`, `read`, `write`) and numbers of bytes: done since the last call, and in all."""
@@ -328,14 +328,15 @@ def run(
             for file in made.side_files:
                 _write_side_file(staging, file, made.models)
             for key in recipe.outputs:
-                # Card and recipe retell what the manifest holds, with paths as they are seen from where they stand.
                 beside = {
-                    file.file: staging.path / _below(key, file.file)
-                    for file in made.side_files
-                    if file.output == key and file.file not in (CARD, RECIPE)
+                    file.file: staging.path / _below(key, file.file) for file in made.side_files if file.output == key
                 }
-                staging.add(_below(key, MANIFEST), _manifest(made, finished, inputs, beside, key))
-            staging.publish()
+                staging.add(_below(key, MANIFEST), _manifest(made, finished, inputs, beside, key, recipe.outputs))
+
+            def verify(folder: Path) -> None:
+                _check_written(folder, target, recipe.outputs, threads, progress)
+
+            staging.publish(verify)
             clock.lap("publish")
     return Result(
         path=target,
@@ -349,6 +350,68 @@ def run(
         warnings=made.warnings,
         stages=told,
     )
+
+
+def recompute(
+    recipe: Recipe,
+    wanted: Collection[tuple[str, str]],
+    accept: Callable[[Mapping[str, Any]], None],
+    *,
+    device: str = "cpu",
+    threads: int | None = None,
+    memory: int | None = None,
+    reading: Reading = "auto",
+    progress: Progress = lambda what, done, total: None,
+) -> dict[tuple[str, str], str]:
+    """Make some tensors of a recipe again and write none of them; the digest of each, by output and name.
+
+    `wanted` are such pairs; those that the recipe does not make are left out. `accept` is shown what goes in, as a manifest has it
+    (`inputs`): before a weight is read, and again with the digests of what was. Stages that the cache lacks are run. Raises what a run
+    raises, and what `accept` does.
+    """
+    from mergeflow.executing import execute
+
+    _run_stages(recipe, device, threads, memory, progress)
+    made = plan(recipe, device=device)
+    rows = tuple(row for row in made.rows if (row.output, row.name) in wanted)
+    made = replace(made, rows=rows, loads=tuple(loads(*(row.expression for row in rows))), equal=())
+    stamps = _stamps(made)
+    accept(_inputs(made, {}))
+    budget = Budget.of(made, memory, threads)
+    sink = _Digests()
+    total = sum(row.nbytes for row in rows)
+    with _signals() as stop:
+        execute(
+            made,
+            _fetch(made, stop, progress),
+            sink,
+            device=device,
+            threads=budget.threads,
+            memory=budget.compute,
+            reading=reading,
+            stop=stop,
+            progress=lambda bytes_in, bytes_out: progress("compute", bytes_out, total),
+            drop_behind=budget.drop_behind,
+        )
+    _check_stamps(stamps)
+    accept(_inputs(made, sink.done))
+    return {(rows[index].output, rows[index].name): row.digest for index, row in sink.done.items()}
+
+
+class _Digests:
+    """A sink that keeps of each row its digests and nothing else."""
+
+    def __init__(self) -> None:
+        self.done: dict[int, Finished] = {}
+
+    def memory(self, row: int, start: int, stop: int) -> list[memoryview]:
+        return [memoryview(bytearray(stop - start))]
+
+    def filled(self, row: int, start: int, stop: int) -> None:
+        pass
+
+    def row_done(self, row: int, digest: str, inputs: Mapping[str, str]) -> None:
+        self.done[row] = Finished(digest, inputs)
 
 
 def _run_stages(
@@ -628,6 +691,11 @@ def _write_side_file(staging: Staging, file: SideFile, models: Mapping[str, Chec
         staging.copy(target, models[file.model].folder.local([file.name])[file.name])
 
 
+def software() -> dict[str, str]:
+    """What makes an output, as its manifest says: versions, and the machine's kind."""
+    return {"mergeflow": __version__, "torch": version("torch"), "machine": platform.machine()}
+
+
 def _inputs(made: Plan, finished: Mapping[int, Finished]) -> dict[str, Any]:
     """What was read, by the recipe's names: files with their stamps, and the digest of each tensor."""
     inputs: dict[str, Any] = {}
@@ -673,8 +741,10 @@ def _manifest(
     inputs: Mapping[str, Any],
     beside: Mapping[str, Path],
     key: str,
+    outputs: Iterable[str],
 ) -> bytes:
-    """What was made, from what, with digests; the same bytes for the same plan on the same software."""
+    """What was made, from what, with digests; the same bytes for the same plan on the same software, seen from the same folder."""
+    facts = {name: file_facts(path.read_bytes()) for name, path in beside.items()}
     tensors = {
         row.name: {
             "file": made.shards[row.shard].file,
@@ -692,21 +762,39 @@ def _manifest(
         for stacked in made.stacks.get(key, ())
     }
     data = {
-        "format": MANIFEST_FORMAT,
+        "format": FORMAT,
         "name": made.name,
         "plan": made.digest,
         "parts": dict(made.parts),
         "recipe": made.recipe,
-        "software": {"mergeflow": __version__, "torch": version("torch"), "machine": platform.machine()},
+        "software": software(),
         "inputs": inputs,
         "tensors": tensors,
         **({"layers": layers} if layers else {}),
-        "files": {
-            name: {"size": len(content), "digest": blake3(content).hexdigest()}
-            for name, content in ((name, path.read_bytes()) for name, path in beside.items())
-        },
+        "output": key,
+        "outputs": sorted(outputs),
+        "shards": {shard.file: shard_facts(shard.header, shard.size) for shard in made.shards if shard.output == key},
+        "files": {name: one for name, one in facts.items() if name not in (CARD, RECIPE)},
+        # What the manifest says too, with paths as they are seen from the folder: another folder has others.
+        "retold": {name: one for name, one in facts.items() if name in (CARD, RECIPE)},
     }
-    return (json.dumps(data, indent=1, sort_keys=True, ensure_ascii=False) + "\n").encode()
+    return encode_manifest(data)
+
+
+def _check_written(folder: Path, target: Path, outputs: Iterable[str], threads: int | None, progress: Progress) -> None:
+    """Read a staged output back and hold it against its manifests. Raises MachineError where the disk gives other bytes back."""
+    for key in outputs:
+        found = check_folder(
+            folder / key, threads=threads, progress=lambda done, total: progress("read", done, total)
+        ).problems
+        if found:
+            more = f" (and {len(found) - 1} more)" if len(found) > 1 else ""
+            raise MachineError(
+                f"what was written does not read back as it was made, so what stood there is kept: "
+                f"{_below(key, found[0].file)} {found[0].tensor} {found[0].what}{more}",
+                where=str(target),
+                fix="Run the same command again, which makes anew what is damaged, or give a folder on another disk with -o.",
+            )
 
 
 def foresee(

@@ -10,7 +10,6 @@ runs. For a plan, a stage that has not run yet gives the headers of what it woul
 from __future__ import annotations
 
 import contextlib
-import json
 import shutil
 import tempfile
 import threading
@@ -43,11 +42,12 @@ from mergeflow.graph import Made, Plan, Row, Shard
 from mergeflow.hub import SMALL_FILE, LocalFolder, is_local, locate
 from mergeflow.layout import Tensor as PlacedTensor
 from mergeflow.layout import lay_out
+from mergeflow.manifest import FORMAT, MANIFEST, encode_manifest, file_facts, shard_facts
 from mergeflow.ops import op_named
 from mergeflow.ops.statistics import StageOp, StatisticsOp
 from mergeflow.planning import SPACE_KEY, references
 from mergeflow.recipe import ArtifactSource, DataSource, ModelSource, Node, Recipe
-from mergeflow.writing import MANIFEST, Staging, finished_digest, repair
+from mergeflow.writing import Staging, finished_digest, repair
 from mergeflow.writing.claim import Claim
 
 if TYPE_CHECKING:
@@ -716,7 +716,7 @@ def write_artifact(
         for name, content in beside.items():
             staging.add(name, content)
         manifest = {
-            "format": 1,
+            "format": FORMAT,
             "plan": key,
             "stage": key,
             "tensors": {
@@ -728,11 +728,10 @@ def write_artifact(
                 }
                 for row in rows
             },
-            "files": {
-                name: {"size": len(content), "digest": blake3(content).hexdigest()} for name, content in beside.items()
-            },
+            "shards": {shard.file: shard_facts(shard.header, shard.size) for shard in shards},
+            "files": {name: file_facts(content) for name, content in beside.items()},
         }
-        staging.add(MANIFEST, (json.dumps(manifest, indent=1, sort_keys=True) + "\n").encode())
+        staging.add(MANIFEST, encode_manifest(manifest))
         staging.publish()
 
 

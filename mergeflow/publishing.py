@@ -19,12 +19,12 @@ from mergeflow.document import dump_yaml
 from mergeflow.dtypes import BY_NAME
 from mergeflow.errors import InputError, RecipeError, printable
 from mergeflow.graph import SideFile, Stacked
+from mergeflow.manifest import MANIFEST
 from mergeflow.restacking import restacked
 
 if TYPE_CHECKING:
     from mergeflow.checkpoint import Checkpoint
 
-MANIFEST = "mergeflow.json"
 CARD = "README.md"
 RECIPE = "recipe.yaml"
 CONFIG = "config.json"

@@ -72,9 +72,15 @@ def weights_bytes(folder: Path) -> dict[str, bytes]:
     return {name: data for name, data in files_of(folder).items() if name.endswith((".safetensors", ".index.json"))}
 
 
-def made_of(folder: Path) -> dict[str, bytes]:
-    """All files but those in which the inputs' paths are seen from the folder itself."""
-    return {name: data for name, data in files_of(folder).items() if name not in ("README.md", "recipe.yaml")}
+def made_of(folder: Path) -> dict[str, Any]:
+    """All but what tells the inputs' paths as they are seen from the folder itself: card, recipe, and their digests."""
+    made: dict[str, Any] = {
+        name: data for name, data in files_of(folder).items() if name not in ("README.md", "recipe.yaml")
+    }
+    for name, data in made.items():
+        if name.rpartition("/")[2] == MANIFEST:
+            made[name] = {key: one for key, one in json.loads(data).items() if key not in ("retold", "digest")}
+    return made
 
 
 # The same bytes

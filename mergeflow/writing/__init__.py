@@ -29,9 +29,10 @@ starts over a journal hashes the rows it names again and takes only those that a
 rename is done and what was replaced is deleted, and the published folder never contains either.
 """
 
+from mergeflow.manifest import MANIFEST
 from mergeflow.writing.disk import free_bytes
 from mergeflow.writing.journal import Finished
 from mergeflow.writing.staging import Staging
-from mergeflow.writing.target import MANIFEST, finished_digest, refuse, repair
+from mergeflow.writing.target import finished_digest, refuse, repair
 
 __all__ = ["MANIFEST", "Finished", "Staging", "finished_digest", "free_bytes", "refuse", "repair"]

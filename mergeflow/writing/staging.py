@@ -283,10 +283,11 @@ class Staging:
         self._sync()
         return dict(sorted(self._done.items()))
 
-    def publish(self) -> None:
+    def publish(self, verify: Callable[[Path], None] = lambda folder: None) -> None:
         """Make everything durable and let the folder appear at the target, all at once.
 
-        With `force` an output that stands there is exchanged for the new one, then deleted. Whatever fails before the
+        With `force` an output that stands there is exchanged for the new one, then deleted, once `verify` has looked at the new one, where
+        it was made, and raised nothing. Whatever fails before the
         rename is durable leaves the target as it was and the staging folder for the next run.
         """
         self.finish()
@@ -300,6 +301,8 @@ class Staging:
                 folders |= {folder for folder in path.parents if folder.is_relative_to(self.path)}
             for folder in sorted(folders, reverse=True):
                 sync_path(folder)
+            if self._force and os.path.lexists(self.target):
+                verify(self.path)
             self._commit()
         self._published = True
         # The output is there and durable. What cannot be deleted now is deleted by the next run.

@@ -10,12 +10,11 @@ import stat
 from pathlib import Path
 
 from mergeflow.errors import ClaimedError, MachineError, RecipeError
+from mergeflow.manifest import MANIFEST
 from mergeflow.writing.claim import Claim
 from mergeflow.writing.disk import named, remove, sync_path
 from mergeflow.writing.journal import FRESH_JOURNAL, JOURNAL, journal_records
 
-MANIFEST = "mergeflow.json"
-"""The file that makes a folder an output of mergeflow; its key `plan` holds the plan's digest."""
 MADE = "out"
 """What becomes the target, below its staging folder."""
 
