@@ -1,10 +1,14 @@
-"""The figures of the fault suite: a table at the end of the run, and the same as JSON where MERGEFLOW_FIGURES names a file."""
+"""The table of the fault suite: what was asked, what was run and what came of it, at the end of the run.
+
+The same is written as JSON where MERGEFLOW_FIGURES names a file. What this machine cannot do stands in the table too.
+"""
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +17,7 @@ from trials import Trials
 
 FIGURES = pytest.StashKey[list[dict[str, Any]]]()
 
-Figure = Callable[..., None]
+Record = Callable[[str, "int | str", "int | str", str], None]
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -21,17 +25,20 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 @pytest.fixture
-def figure(request: pytest.FixtureRequest) -> Figure:
-    """`figure(row, count, outcome, **numbers)`: what was tried, how often, and what came of it."""
+def record(request: pytest.FixtureRequest) -> Record:
+    """`record(row, asked, run, outcome)`: a line of the table; how long it took is counted from the test's beginning."""
+    began = time.monotonic()
 
-    def note(row: str, count: int, outcome: str, **numbers: float) -> None:
-        request.config.stash[FIGURES].append({"row": row, "count": count, "outcome": outcome, **numbers})
+    def note(row: str, asked: int | str, run: int | str, outcome: str) -> None:
+        seconds = round(time.monotonic() - began, 1)
+        line = {"row": row, "asked": asked, "run": run, "outcome": outcome, "seconds": seconds}
+        request.config.stash[FIGURES].append(line)
 
     return note
 
 
 @pytest.fixture(scope="session")
-def trials(tmp_path_factory: pytest.TempPathFactory) -> Any:
+def trials(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Trials]:
     """Runs in processes of their own, each a fork of one that has imported everything."""
     found = Trials(tmp_path_factory.mktemp("trials"))
     yield found
@@ -40,19 +47,31 @@ def trials(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
     figures = config.stash[FIGURES]
-    skipped = [
-        (report.nodeid.rpartition("::")[2], str(report.longrepr[2]).removeprefix("Skipped: "))
-        for report in terminalreporter.stats.get("skipped", ())
-        if "tests/faults/" in report.nodeid and "slow:" not in str(report.longrepr[2])
-    ]
-    if not figures and not skipped:
+    ours = {
+        kind: [report for report in terminalreporter.stats.get(kind, ()) if "tests/faults/" in report.nodeid]
+        for kind in ("skipped", "failed", "error")
+    }
+    reasons = {
+        report.nodeid.rpartition("::")[2]: str(report.longrepr[2]).removeprefix("Skipped: ")
+        for report in ours["skipped"]
+    }
+    skipped = {name: reason for name, reason in reasons.items() if not reason.startswith("slow:")}
+    failed = [report.nodeid.rpartition("::")[2] for report in (*ours["failed"], *ours["error"])]
+    if not figures and not skipped and not failed:
         return
-    terminalreporter.section("faults: what was tried, how often, and what came of it")
-    wide = max((len(one["row"]) for one in figures), default=0)
-    for one in figures:
-        terminalreporter.line(f"{one['row']:<{wide}}  {one['count']:>9,}  {one['outcome']}")
-    for name, reason in skipped:
+    terminalreporter.section("faults: what was asked, what was run, and what came of it")
+    cells = [("what", "asked", "run", "seconds", "outcome")]
+    for line in figures:
+        counts = (f"{line[key]:,}" if isinstance(line[key], int) else line[key] for key in ("asked", "run"))
+        cells.append((line["row"], *counts, f"{line['seconds']:.1f}", line["outcome"]))
+    wide = [max(len(row[column]) for row in cells) for column in range(4)]
+    for row in cells:
+        left, *middle = (f"{text:>{w}}" if at else f"{text:<{w}}" for at, (text, w) in enumerate(zip(row, wide)))  # noqa: B905
+        terminalreporter.line("  ".join((left, *middle, row[4])))
+    for name, reason in skipped.items():
         terminalreporter.line(f"NOT TRIED HERE: {name}: {reason}", red=True)
+    for name in failed:
+        terminalreporter.line(f"FAILED: {name}", red=True)
     if path := os.environ.get("MERGEFLOW_FIGURES"):
-        told = {"figures": figures, "not_tried": dict(skipped)}
+        told = {"figures": figures, "not_tried": skipped, "failed": failed}
         Path(path).write_text(json.dumps(told, indent=1, ensure_ascii=False) + "\n")

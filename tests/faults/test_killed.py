@@ -13,40 +13,26 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from trials import Call, Trials, emptied, kill, made_of, models_at, needs_strace, recipe_at, traced
-
-from mergeflow import load_recipe, run
-
-SOON = (400_000, 0.01)
-"""The journal is kept after so many bytes or seconds, so that there is something to go on from."""
+from checkpoints import files_of, save_zeros
+from trials import SOON, Call, Trials, emptied, kill, large_at, needs_strace, small_at, traced
 
 
 @pytest.fixture(scope="module")
 def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Three models of 12 MB, a recipe, and its output in `right`."""
-    folder = tmp_path_factory.mktemp("large")
-    models_at(folder, {f"layers.{i}.w": (200, 1000) for i in range(30)})
-    run(load_recipe(recipe_at(folder, "5MB")), folder / "right", threads=1)
-    return folder
+    return large_at(tmp_path_factory.mktemp("large"))
 
 
 @pytest.fixture(scope="module")
 def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Three models of 100 kB, a recipe of two shards, and its outputs in `right` and (of another plan) `old`."""
-    folder = tmp_path_factory.mktemp("small")
-    models_at(folder, {f"layers.{i}.w": (50, 101) for i in range(10)})
-    recipe = recipe_at(folder, "60KB")
-    run(load_recipe(recipe), folder / "right", threads=1)
-    run(load_recipe(recipe, settings={"density": 0.9}), folder / "old", threads=1)
-    return folder
+    return small_at(tmp_path_factory.mktemp("small"))
 
 
 @pytest.mark.parametrize("times", [60, pytest.param(500, marks=pytest.mark.slow)])
 def test_a_run_killed_at_random_instants_ends_bit_identical(
-    times: int, large: Path, tmp_path: Path, trials: Trials, figure: Any
+    times: int, large: Path, tmp_path: Path, trials: Trials, record: Any
 ) -> None:
     chance = random.Random(times)
-    right = made_of(large / "right")
+    right = files_of(large / "right")
     target = tmp_path / "out"
     argv = ("run", large / "recipe.yaml", "-o", target, "--threads", "2")
     trials(*argv, sync=SOON, pause=0.002)
@@ -57,7 +43,7 @@ def test_a_run_killed_at_random_instants_ends_bit_identical(
         if number % 2:  # over an output of another plan
             shutil.rmtree(target)
             trials("run", large / "recipe.yaml", "-o", target, "--set", "density=0.9")
-            old = made_of(target)
+            old = files_of(target)
         else:
             shutil.rmtree(target)
             old = None
@@ -73,19 +59,22 @@ def test_a_run_killed_at_random_instants_ends_bit_identical(
             assert ended.code in (0, -signal.SIGKILL), ended.said
             killed += ended.code != 0
             if target.exists():
-                assert made_of(target) in (right, old), "what stands at the target is whole at every moment"
+                assert files_of(target) in (right, old), "what stands at the target is whole at every moment"
             else:
                 assert old is None
         journal = tmp_path / ".out.staging" / "journal.jsonl"
         resumed += journal.exists() and journal.read_bytes().count(b"\n") > 1
         ended = trials(*argv, "--force")
         assert ended.code == 0, ended.said
-        assert made_of(target) == right
+        assert files_of(target) == right
         assert [path.name for path in tmp_path.iterdir()] == ["out"]
     assert killed > times / 2
     assert resumed > times / 10, "too few runs had something to go on from for this to prove anything"
-    figure(
-        "kill -9 at random instants, run again", times, f"all bit-identical ({killed} kills, {resumed} with rows to go on from)"
+    record(
+        "kill -9 at random instants, run again",
+        times,
+        times,
+        f"all bit-identical ({killed} kills, {resumed} with rows to go on from)",
     )
 
 
@@ -126,10 +115,10 @@ PARTS = [pytest.param(12, id="some"), pytest.param(1, id="every", marks=pytest.m
 @pytest.mark.parametrize("over", [False, True], ids=["new", "over-an-old-one"])
 @pytest.mark.parametrize("part", PARTS)
 def test_a_run_killed_in_any_call_that_changes_files_goes_on(
-    part: int, over: bool, small: Path, tmp_path: Path, trials: Trials, figure: Any
+    part: int, over: bool, small: Path, tmp_path: Path, trials: Trials, record: Any
 ) -> None:
     needs_strace()
-    right, old = made_of(small / "right"), made_of(small / "old") if over else None
+    right, old = files_of(small / "right"), files_of(small / "old") if over else None
     moments = _moments(trials, small, tmp_path, over)
     todo = _chosen(moments, part)
     if part == 1:  # calls that came in another thread this time, until a run ends by itself
@@ -145,12 +134,12 @@ def test_a_run_killed_in_any_call_that_changes_files_goes_on(
         assert ended.code in (0, -signal.SIGKILL), (name, number, ended.said)
         killed += ended.code != 0
         if (parent / "out").exists():
-            assert made_of(parent / "out") in (right, old), (name, number)
+            assert files_of(parent / "out") in (right, old), (name, number)
         else:
             assert not over, (name, number)
         ended = trials(*argv)
         assert ended.code == 0, (name, number, ended.said)
-        assert made_of(parent / "out") == right, (name, number)
+        assert files_of(parent / "out") == right, (name, number)
         assert [path.name for path in parent.iterdir()] == ["out"], (name, number)
     assert killed > len(todo) / 2
     kind = "over an old output" if over else "new output"
@@ -161,10 +150,10 @@ def test_a_run_killed_in_any_call_that_changes_files_goes_on(
 @pytest.mark.parametrize("error", ["ENOSPC", "EIO"])
 @pytest.mark.parametrize("part", PARTS)
 def test_a_call_that_fails_is_one_line_and_publishes_nothing(
-    part: int, error: str, over: bool, small: Path, tmp_path: Path, trials: Trials, figure: Any
+    part: int, error: str, over: bool, small: Path, tmp_path: Path, trials: Trials, record: Any
 ) -> None:
     needs_strace()
-    right, old = made_of(small / "right"), made_of(small / "old") if over else None
+    right, old = files_of(small / "right"), files_of(small / "old") if over else None
     outcomes: Counter[str] = Counter()
     moments = _moments(trials, small, tmp_path, over)
     for name, number in _chosen(moments, part):
@@ -180,7 +169,7 @@ def test_a_call_that_fails_is_one_line_and_publishes_nothing(
         if not hit or not all(_on_output(call, parent) for call in hit):
             outcomes["another file or no call was hit"] += 1
             continue
-        published = (parent / "out").exists() and made_of(parent / "out") == right
+        published = (parent / "out").exists() and files_of(parent / "out") == right
         if ended.code == 0:  # cleaning up after the rename, and what has another way
             assert published, about
             outcomes["exit 0, right bytes"] += 1
@@ -189,11 +178,11 @@ def test_a_call_that_fails_is_one_line_and_publishes_nothing(
             said = [line for line in ended.said.splitlines() if ": " in line and str(parent) in line]
             assert len(said) == 1, about
             assert not published, about
-            assert (made_of(parent / "out") if (parent / "out").exists() else None) == old, about
+            assert (files_of(parent / "out") if (parent / "out").exists() else None) == old, about
             outcomes["exit 5, nothing published"] += 1
         ended = trials(*argv)
         assert ended.code == 0, (about, ended.said)
-        assert made_of(parent / "out") == right, about
+        assert files_of(parent / "out") == right, about
         assert [path.name for path in parent.iterdir()] == ["out"], about
     kind = "over an old output" if over else "new output"
     assert outcomes["exit 5, nothing published"] > 5
@@ -205,7 +194,7 @@ def test_a_call_that_fails_is_one_line_and_publishes_nothing(
 
 
 @pytest.mark.parametrize("part", PARTS)
-def test_a_short_write_changes_nothing(part: int, large: Path, tmp_path: Path, trials: Trials, figure: Any) -> None:
+def test_a_short_write_changes_nothing(part: int, large: Path, tmp_path: Path, trials: Trials, record: Any) -> None:
     """Every write takes at most 5,000 bytes, or as many as a direct write may."""
     harm = (
         "import os\nwrite, pwrite, n = os.write, os.pwrite, [0]\n"
@@ -218,14 +207,14 @@ def test_a_short_write_changes_nothing(part: int, large: Path, tmp_path: Path, t
         target = tmp_path / f"out{most}"
         ended = trials("run", large / "recipe.yaml", "-o", target, harm=harm.replace("MOST", str(most)))
         assert ended.code == 0, ended.said
-        assert made_of(target) == made_of(large / "right")
+        assert files_of(target) == files_of(large / "right")
     figure("short writes, every write of a run", len(counts), "exit 0, same bytes")
 
 
 @pytest.mark.parametrize("reading", ["mmap", "pread"])
 @pytest.mark.parametrize("part", PARTS)
 def test_an_input_that_cannot_be_read_ends_in_3_and_its_name(
-    part: int, reading: str, large: Path, tmp_path: Path, trials: Trials, figure: Any
+    part: int, reading: str, large: Path, tmp_path: Path, trials: Trials, record: Any
 ) -> None:
     needs_strace()
     call, error = ("preadv", "EIO") if reading == "pread" else ("madvise", "EFAULT")
@@ -249,14 +238,14 @@ def test_an_input_that_cannot_be_read_ends_in_3_and_its_name(
         assert not (tmp_path / "out").exists()
         ended = trials(*argv)
         assert ended.code == 0, ended.said
-        assert made_of(tmp_path / "out") == made_of(large / "right")
+        assert files_of(tmp_path / "out") == files_of(large / "right")
     assert tried
     figure(f"EIO on an input, {reading}", tried, "all exit 3 with the file's name, run again to the right bytes")
 
 
 @pytest.mark.parametrize("times", [3, pytest.param(40, marks=pytest.mark.slow)])
 def test_a_signal_ends_a_run_within_five_seconds(
-    times: int, large: Path, tmp_path: Path, trials: Trials, figure: Any
+    times: int, large: Path, tmp_path: Path, trials: Trials, record: Any
 ) -> None:
     chance = random.Random(times)
     slowest = 0.0
@@ -280,5 +269,5 @@ def test_a_signal_ends_a_run_within_five_seconds(
         assert not (tmp_path / "out").exists()
     assert slowest < 5
     assert trials(*argv).code == 0
-    assert made_of(tmp_path / "out") == made_of(large / "right")
+    assert files_of(tmp_path / "out") == files_of(large / "right")
     figure("SIGINT and SIGTERM on an element op", times, f"slowest exit {slowest:.2f} s", slowest=slowest)

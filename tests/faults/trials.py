@@ -1,7 +1,7 @@
 """Merges that are harmed on purpose: models to merge, and processes to run `mergeflow` in that may be killed or traced.
 
 A trial is a fork of one server that has imported torch and mergeflow: it costs tenths of a second in place of three. A
-trial may be held before its first step until a tracer has taken hold of it.
+trial may be held before its first step until a tracer has taken hold of it. One that hangs is killed, and is a failure.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -26,10 +27,16 @@ import torch
 from checkpoints import files_of, save, save_sharded
 from torch import Tensor
 
+from mergeflow import load_recipe, run
+
 ROOT = Path(__file__).parent.parent.parent
+LONGEST = 120.0
+"""Seconds after which a trial hangs."""
+SOON = (400_000, 0.01)
+"""The journal is kept after so many bytes or seconds, so that there is something to go on from."""
 
 SERVER = """
-import json, os, select, sys, time
+import json, os, sys, time
 sys.path.insert(0, {root!r})
 import torch
 torch.set_num_threads(1)
@@ -52,9 +59,8 @@ for line in sys.stdin:
             cli._Progress.update = slowly
         if task["harm"]:
             exec(task["harm"], dict(task=task))
-        if task["hold"]:
-            gate = os.open(task["hold"], os.O_RDONLY)
-            os.read(gate, 1)
+        while task["hold"] and not os.path.exists(task["hold"]):
+            time.sleep(0.002)  # by calls that no trial harms
         sys.argv = ["mergeflow", *task["argv"]]
         cli.program()
     print(child, flush=True)
@@ -109,9 +115,16 @@ class Trials:
         self.server.stdin.flush()
         child = int(self.server.stdout.readline())
         began = time.monotonic()
-        watch(child)
-        code = int(self.server.stdout.readline())
-        return Ended(code, said.read_text(errors="replace"), time.monotonic() - began)
+        hung = threading.Timer(LONGEST, kill, (child,))
+        hung.start()
+        try:
+            watch(child)
+            code = int(self.server.stdout.readline())
+        finally:
+            hung.cancel()
+        seconds = time.monotonic() - began
+        assert seconds < LONGEST, f"{argv} hung for {seconds:.0f} s and was killed"
+        return Ended(code, said.read_text(errors="replace"), seconds)
 
 
 def kill(process: int) -> None:
@@ -138,20 +151,32 @@ def models_at(folder: Path, shapes: Mapping[str, tuple[int, ...]], names: str = 
 RECIPE = """
 recipe: 1
 vars: {density: 0.4}
-models: {a: ./a, b: ./b, c: ./c}
+models: {a: MODELS/a, b: MODELS/b, c: MODELS/c}
 nodes: {m: {op: ties, base: a, inputs: [b, c], density: "${density}"}}
 output: {shard_size: SIZE}
 """
 
 
 def recipe_at(folder: Path, shard_size: str) -> Path:
-    (folder / "recipe.yaml").write_text(RECIPE.replace("SIZE", shard_size))
+    """A recipe over the models `a`, `b` and `c` here, by whole paths: wherever it is run, each file is to be the same."""
+    (folder / "recipe.yaml").write_text(RECIPE.replace("SIZE", shard_size).replace("MODELS", str(folder)))
     return folder / "recipe.yaml"
 
 
-def made_of(folder: Path) -> dict[str, bytes]:
-    """All files but those in which the inputs' paths are seen from the folder itself."""
-    return {name: data for name, data in files_of(folder).items() if name not in ("README.md", "recipe.yaml")}
+def large_at(folder: Path) -> Path:
+    """Three models of 12 MB, a recipe of three shards, and its output in `right`."""
+    models_at(folder, {f"layers.{i}.w": (200, 1000) for i in range(30)})
+    run(load_recipe(recipe_at(folder, "5MB")), folder / "right", threads=1)
+    return folder
+
+
+def small_at(folder: Path) -> Path:
+    """Three models of 100 kB, a recipe of two shards, and its outputs in `right` and (of another plan) `old`."""
+    models_at(folder, {f"layers.{i}.w": (50, 101) for i in range(10)})
+    recipe = recipe_at(folder, "60KB")
+    run(load_recipe(recipe), folder / "right", threads=1)
+    run(load_recipe(recipe, settings={"density": 0.9}), folder / "old", threads=1)
+    return folder
 
 
 def emptied(folder: Path) -> Path:
@@ -187,19 +212,18 @@ class Call:
 
 
 def traced(
-    trials: Trials, folder: Path, calls: Sequence[str], *argv: object, inject: str = "", **options: Any
+    trials: Trials, folder: Path, calls: Sequence[str], *argv: object, inject: Sequence[str] = (), **options: Any
 ) -> tuple[Ended, list[Call]]:
-    """A trial under strace, from its first step on; with `inject` as `-e inject=` takes it."""
+    """A trial under strace, from its first step on; `inject` has what `-e inject=` takes."""
     gate, log = folder / "gate", folder / "strace.log"
     gate.unlink(missing_ok=True)
     log.unlink(missing_ok=True)
-    os.mkfifo(gate)
     tracers: list[subprocess.Popen[str]] = []
 
     def watch(process: int) -> None:
         words = ["strace", "-f", "-y", "-s", "1", "-o", str(log), "-e", f"trace={','.join(calls)}", "-e", "signal=none"]
         tracer = subprocess.Popen(
-            [*words, *(["-e", f"inject={inject}"] if inject else []), "-p", str(process)],
+            [*words, *(word for one in inject for word in ("-e", f"inject={one}")), "-p", str(process)],
             stderr=subprocess.PIPE,
             text=True,
         )
@@ -207,8 +231,7 @@ def traced(
         assert tracer.stderr is not None
         told = tracer.stderr.readline()
         assert "attached" in told, told
-        with gate.open("wb") as opened:
-            opened.write(b"x")
+        gate.touch()
 
     ended = trials(*argv, watch=watch, hold=gate, **options)
     tracers[0].communicate()
