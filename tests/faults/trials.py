@@ -24,7 +24,7 @@ from typing import Any
 
 import pytest
 import torch
-from checkpoints import files_of, save, save_sharded
+from checkpoints import save, save_sharded
 from torch import Tensor
 
 from mergeflow import load_recipe, run
