@@ -24,7 +24,7 @@ import resource
 import threading
 import time
 import warnings
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -776,6 +776,8 @@ class _Engine:
         self.running = 0
         self.errors: list[BaseException] = []
         self.numeric: list[NumericError] = []
+        self.beyond: Counter[int] = Counter()
+        """Of rows, how many values are too large for the dtype."""
         self.report = Report()
         self.owned: dict[int, list[Load]] = {}
 
@@ -796,8 +798,9 @@ class _Engine:
             self._work([run] for run in below if run.measures)
             self._work([[_Run(self, None, [measure])]])
         self._work(self._batches(rows))
-        if self.numeric:
-            raise self.numeric[0] if len(self.numeric) == 1 else Problems(self.numeric)
+        numeric = [*self.numeric, *(self._overflow(row, count) for row, count in sorted(self.beyond.items()))]
+        if numeric:
+            raise numeric[0] if len(numeric) == 1 else Problems(numeric)
         return self.report
 
     def unmeasured(self, program: _Program) -> list[Measure]:
@@ -1159,6 +1162,7 @@ class _Engine:
         memory = self.sink.memory(run.row, into_bytes(start), into_bytes(stop)) if stop > start else []
         pieces = [torch.frombuffer(piece, dtype=out) for piece in memory]
         self._prepare(program, start, stop)
+        broken = False
         for first, end in self._blocks(program, start, stop, "element" if program.mixed else program.cut):
             raw: dict[int, Tensor] = {}
             suspects: list[str] | None = [] if row.check_finite else None
@@ -1173,10 +1177,10 @@ class _Engine:
             result = result[mine]
             clock = time.perf_counter()
             if row.check_finite and (suspects or not _finite(result, row.dtype)):
-                self._not_finite(run.row, program, suspects or [])
-                # The row is never done and so never kept; its memory goes back, or a sink would run out of it.
-                self.sink.filled(run.row, into_bytes(start), into_bytes(stop))
-                return
+                broken = True
+                if self._not_finite(run.row, program, suspects or [], result):
+                    break
+                continue
             report.seconds["check"] += time.perf_counter() - clock
             if row.bits:
                 result = _packed(result)
@@ -1196,6 +1200,8 @@ class _Engine:
             self.progress(bytes_in, bytes_out)
         if stop > start:
             self.sink.filled(run.row, into_bytes(start), into_bytes(stop))
+        if broken:  # the row is never done and so never kept; its memory went back, or a sink would run out of it
+            return
         for position, hashes in hashed.items():
             run.pieces[position, index] = hashes.finish()
         run.pieces[-1, index] = digests.finish()
@@ -1239,14 +1245,22 @@ class _Engine:
                 hashes.update(_bytes(self.files.read(load, start, stop)))
         return tensor_digest(hashes.finish(), load.tensor.dtype.name, load.tensor.shape)
 
-    def _not_finite(self, index: int, program: _Program, suspects: Sequence[str]) -> None:
-        """Note why a row is not finite: NaN and Inf counted in each tensor it reads, or values too large for the dtype."""
+    def _not_finite(self, index: int, program: _Program, suspects: Sequence[str], result: Tensor) -> bool:
+        """Note why a row is not finite: NaN and Inf counted in each tensor it reads, or values too large for the dtype.
+
+        Whether all is said of the row; values that are too large are counted block by block.
+        """
         import torch
 
         row = self.plan.rows[index]
         with self.lock:
             if any(error.where == f"{row.node}: {row.name}" for error in self.numeric):
-                return
+                return True
+            counting = index in self.beyond
+        if counting:
+            with self.lock:
+                self.beyond[index] += _overflows(result, row.dtype)
+            return False
         found = []
         for load in program.loads:
             nan = inf = 0
@@ -1263,12 +1277,22 @@ class _Engine:
             what = f"a value overflows before it comes to '{suspects[0]}'"
             fix = "Round to a wider dtype there, or use smaller weights."
         else:
-            what = f"values overflow {row.dtype.name} (its largest is {row.dtype.largest:g})"
-            fix = "Write a wider `dtype:` under `output:`, or smaller weights."
+            with self.lock:
+                self.beyond[index] += _overflows(result, row.dtype)
+            return False
         with self.lock:
             error = NumericError(what, where=f"{row.node}: {row.name}", fix=fix)
             if all(other.where != error.where for other in self.numeric):
                 self.numeric.append(error)
+        return True
+
+    def _overflow(self, index: int, count: int) -> NumericError:
+        row = self.plan.rows[index]
+        return NumericError(
+            f"{count} value{'s overflow' if count > 1 else ' overflows'} {row.dtype.name} (its largest is {row.dtype.largest:g})",
+            where=f"{row.node}: {row.name}",
+            fix="Write a wider `dtype:` under `output:`, or smaller weights.",
+        )
 
 
 def _compute_dtype(program: _Program) -> DType:
@@ -1385,6 +1409,16 @@ def _finite(values: Tensor, dtype: DType | None) -> bool:
     # Between the largest value and half a step beyond it, rounding still gives the largest.
     inside = least == least and -float("inf") < least and most < float("inf") and dtype is not None and dtype.size > 1
     return bool(inside and dtype is not None and torch.isfinite(values.to(torch_dtype(dtype))).all())
+
+
+def _overflows(values: Tensor, dtype: DType) -> int:
+    """How many values are too large for a dtype; half a step beyond its largest still rounds to that."""
+    import torch
+
+    if dtype.size > 1:
+        return int((~torch.isfinite(values.to(torch_dtype(dtype)))).sum())
+    assert dtype.largest is not None
+    return int((values.abs() > dtype.largest).sum())
 
 
 def check_tied(plan: Plan, paths: Mapping[tuple[str, str], Path], reading: Reading = "auto") -> None:

@@ -305,7 +305,7 @@ def run(
     with _signals() as stop:
         staging = Staging.open(
             target,
-            digest=plan_digest(parts),
+            digest=made.digest,
             parts=parts,
             shards=made.shards,
             rows=made.rows,

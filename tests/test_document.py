@@ -467,11 +467,6 @@ def test_mutated_recipes_give_data_or_an_error_with_its_position() -> None:
     fuzz(2_000, seed=1)
 
 
-@pytest.mark.slow
-def test_200_000_mutated_recipes_give_data_or_an_error_with_its_position() -> None:
-    fuzz(200_000, seed=2)
-
-
 # Writing
 
 TRICKY = re.findall(

@@ -839,7 +839,7 @@ def test_what_overflows_the_output_dtype_is_an_error_and_what_rounds_to_its_larg
     assert good.float().isfinite().all()
     for number in over:
         folder = tmp_path / str(number)
-        with pytest.raises(NumericError, match=rf"w: values overflow {dtype} \(its largest is .*\)\. Write a wider"):
+        with pytest.raises(NumericError, match=rf"w: 1 value overflows {dtype} \(its largest is .*\)\. Write a wider"):
             merged(folder, {"a": {"w": torch.tensor([1.0, number])}}, nodes, output=output)
         assert not (folder / "out").exists()
         kept = merged(
@@ -857,7 +857,7 @@ def test_what_is_not_finite_can_be_kept(tmp_path: Path) -> None:
 
 def test_an_overflow_on_the_way_that_no_input_explains_is_an_overflow(tmp_path: Path) -> None:
     models = {"a": {"w": torch.full((10,), 3e38)}, "b": {"w": torch.full((10,), 3e38)}}
-    with pytest.raises(NumericError, match="values overflow float32"):
+    with pytest.raises(NumericError, match="10 values overflow float32"):
         merged(tmp_path, models, {"m": {"op": "linear", "inputs": ["a", "b"], "normalize": False}})
 
 

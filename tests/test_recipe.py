@@ -730,11 +730,6 @@ def test_mutated_recipes_give_problems_with_places_and_nothing_else(tmp_path: Pa
     fuzz(3000, 1, tmp_path)
 
 
-@pytest.mark.slow
-def test_many_mutated_recipes_give_problems_with_places_and_nothing_else(tmp_path: Path) -> None:
-    fuzz(100_000, 2, tmp_path)
-
-
 def test_settings_keep_their_shapes() -> None:
     given = node(op="slerp", t={"gradient": [0, 1], "over": "8-23", "outside": 0.5}, inputs=["a", "b"])
     assert isinstance(given.op, Slerp)

@@ -56,8 +56,8 @@ def read_journal(path: Path, digest: str, parts: Mapping[str, str]) -> dict[int,
     if not records or "parts" not in records[0]:
         return {}
     head, *lines = records
-    if head["digest"] != digest:
-        changed = [part for part in parts if head["parts"].get(part) != parts[part]]
+    changed = [part for part in parts if head["parts"].get(part) != parts[part]]
+    if head["digest"] != digest or changed:
         raise RecipeError(
             f"an unfinished run of another plan is here: {' and '.join(changed) or 'plan'} changed since",
             where=str(path.parent),

@@ -143,8 +143,9 @@ class Staging:
     ) -> Self:
         """Claim the target, reserve its space, and take up what a run of the same plan left.
 
-        `digest` names the plan; `parts` are digests of what went into it, kept to say what changed. `pool_bytes` bounds
-        the memory of extents, of which there are at least eight. `stop` ends the hashing of what is there.
+        `digest` names the plan, as the manifest does; `parts` are digests of all that a run must have in common with the
+        one whose rows it takes up, kept to say what changed. `pool_bytes` bounds the memory of extents, of which there are
+        at least eight. `stop` ends the hashing of what is there.
 
         Raises RecipeError for a target that exists (unless `force`, which replaces an output of mergeflow or an empty
         folder, and nothing else), for a staging folder of another plan (unless `fresh`) and for one that is not ours;

@@ -20,6 +20,11 @@ def command(*words: str) -> str:
 
 def accuracies(model: Path, files: Sequence[Path], *options: str) -> list[float]:
     """`mergeflow eval`: how much a classifier gets right of the rows of each file."""
+    return measures("accuracy", model, files, *options)
+
+
+def measures(name: str, model: Path, files: Sequence[Path], *options: str) -> list[float]:
+    """`mergeflow eval`: one of its measures of a model on each file."""
     data = [word for file in files for word in ("--data", str(file))]
     told = json.loads(command("eval", str(model), *data, *options, "--json", "-q"))
-    return [one["accuracy"] for one in told["results"]]
+    return [one[name] for one in told["results"]]
