@@ -22,6 +22,7 @@ MERGES = {
     "simple": "the mean of the three (`linear`)",
     "fisher": "`fisher`, normalize model_l2",
     "regmean": "`regmean`, alpha 0.9",
+    "regmean_pp": "`regmean_pp`, alpha 0.9",
 }
 
 
