@@ -19,7 +19,7 @@ import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 import click
 
@@ -309,16 +309,13 @@ def run(
     recipe: str,
     out: str | None,
     settings: tuple[str, ...],
-    device: str,
-    memory: int | None,
-    threads: int | None,
-    reading: Any,
     force: bool,
     fresh: bool,
     locked: bool,
     as_json: bool,
     quiet: bool,
     verbose: bool,
+    **how: Any,
 ) -> None:
     """Make the merge that RECIPE describes.
 
@@ -328,31 +325,17 @@ def run(
     from mergeflow import pipeline
     from mergeflow.reporting import size_text
 
-    check_device(device)
+    check_device(how["device"])
     started = time.perf_counter()
     checked = recipe_of(recipe, settings)
-    how: dict[str, Any] = {}
     if locked:
         from mergeflow import locking
 
-        how["accept"] = locking.guard(checked, locking.lock_path(recipe), device)
-    shown = _Progress(quiet)
-    try:
+        how["accept"] = locking.guard(checked, locking.lock_path(recipe), how["device"])
+    with _Progress(quiet) as shown:
         result = pipeline.run(
-            checked,
-            out,
-            device=device,
-            threads=threads,
-            memory=memory,
-            reading=reading,
-            force=force,
-            fresh=fresh,
-            progress=shown.update,
-            planned=shown.planned,
-            **how,
+            checked, out, force=force, fresh=fresh, progress=shown.update, planned=shown.planned, **how
         )
-    finally:
-        shown.close()
     for warning in result.warnings:
         click.echo(f"warning: {printable(warning)}", err=True)
     seconds = time.perf_counter() - started
@@ -444,12 +427,11 @@ def lock(
 
     check_device(how["device"])
     checked = recipe_of(recipe, settings)
-    shown = _Progress(quiet)
-    try:
-        with locking.making(checked, scratch=_folder(scratch), progress=shown.update, **how) as made:
-            locking.write_lock(made.lock, path := locking.lock_path(recipe))
-    finally:
-        shown.close()
+    with (
+        _Progress(quiet) as shown,
+        locking.making(checked, scratch=scratch, progress=shown.update, **how) as made,
+    ):
+        locking.write_lock(made.lock, path := locking.lock_path(recipe))
     data = {"path": str(path), "tensors": len(made.lock.tensors), "inputs": len(made.lock.inputs)}
     click.echo(json.dumps(data, indent=1) if as_json else f"{path}: {data['tensors']} tensors locked")
 
@@ -488,21 +470,12 @@ def check(
     check_device(how["device"])
     checked = recipe_of(recipe, settings)
     lock = locking.read_lock(locking.lock_path(recipe))
-    shown = _Progress(quiet)
-    try:
-        found = locking.check(
-            checked, lock, tolerance=tolerance, scratch=_folder(scratch), progress=shown.update, **how
-        )
-    finally:
-        shown.close()
+    with _Progress(quiet) as shown:
+        found = locking.check(checked, lock, tolerance=tolerance, scratch=scratch, progress=shown.update, **how)
     click.echo(json.dumps(locking.check_data(found), indent=1) if as_json else locking.check_text(found))
     append_summary(summary, locking.check_markdown(found))
     if not found.passed:
         raise click.exceptions.Exit(1)
-
-
-def _folder(path: str | None) -> Path | None:
-    return None if path is None else Path(path)
 
 
 @commands.command()
@@ -587,8 +560,7 @@ def eval_(
 
     check_device(device)
     sources = data_sources(paths, fields)
-    shown = _Progress(quiet, unit="rows")
-    try:
+    with _Progress(quiet, unit="rows") as shown:
         found = evaluating.evaluate(
             evaluating.model_folder(path_of(model), Path()),
             sources,
@@ -600,8 +572,6 @@ def eval_(
             threads=threads,
             progress=shown.update,
         )
-    finally:
-        shown.close()
     for warning in evaluating.warnings(found):
         click.echo(f"warning: {printable(warning)}", err=True)
     click.echo(
@@ -663,14 +633,11 @@ def stats(
     from mergeflow.reporting import size_text
 
     check_device(device)
-    shown = _Progress(quiet)
     recipe = statistics_recipe(model, data, kind, read_words(options), revision=revision)
-    try:
+    with _Progress(quiet) as shown:
         result = pipeline.run(
             recipe, out, device=device, memory=memory, threads=threads, force=force, progress=shown.update
         )
-    finally:
-        shown.close()
     if as_json:
         click.echo(json.dumps({"path": str(result.path), "made": result.made, "tensors": result.rows}, indent=1))
     elif not result.made:
@@ -791,6 +758,12 @@ class _Progress:
         self.bar: Any = None
         self.done = self.total = 0
         self.started = self.spoke = time.monotonic()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *raised: object) -> None:
+        self.close()
 
     def planned(self, plan: Any) -> None:
         """Say what is about to be done."""

@@ -22,7 +22,7 @@ import struct
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from blake3 import blake3
 
@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from torch import Tensor
 
+    from mergeflow.executing import Sink
     from mergeflow.graph import Row
 
 BUCKETS = 32
@@ -202,16 +203,6 @@ def _blocks(pieces: Sequence[Tensor]) -> Iterator[Tensor]:
                 held, size = [], 0
     if held:
         yield held[0] if len(held) == 1 else torch.cat(held)
-
-
-class Sink(Protocol):
-    """What rows are filled into (mergeflow.executing.Sink)."""
-
-    def memory(self, row: int, start: int, stop: int) -> list[memoryview]: ...
-
-    def filled(self, row: int, start: int, stop: int) -> None: ...
-
-    def row_done(self, row: int, digest: str, inputs: Mapping[str, str]) -> None: ...
 
 
 class Fingerprinting:

@@ -19,7 +19,7 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -28,15 +28,16 @@ from blake3 import blake3
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from mergeflow import __version__, pipeline
-from mergeflow.errors import InputError, MachineError, RecipeError, printable
+from mergeflow.errors import InputError, RecipeError, printable, raise_all
 from mergeflow.fingerprints import STANDARD_ERROR, Fingerprint, Fingerprinting, drift
-from mergeflow.graph import Apply, Expression, Plan
+from mergeflow.graph import Plan
 from mergeflow.pipeline import Progress
-from mergeflow.planning.findings import nearest
+from mergeflow.planning import applications
+from mergeflow.planning.findings import Findings
 from mergeflow.recipe import ExpectSection, Recipe
 from mergeflow.reporting import markdown_cell
-from mergeflow.settings import Place, matches, places, rules_in, value_at
-from mergeflow.writing import MANIFEST
+from mergeflow.settings import places, value_at
+from mergeflow.writing import MANIFEST, disk
 
 LARGEST_LOCK = 512 * 2**20
 SHOWN = 20
@@ -122,8 +123,9 @@ def read_lock(path: Path) -> Lock:
     try:
         if path.stat().st_size > LARGEST_LOCK:
             raise InputError("is too large for a lock", where=str(path), fix=fix)
-        data = json.loads(path.read_bytes(), object_pairs_hook=_once)
-        found = Lock.model_validate_json(json.dumps(data))
+        raw = path.read_bytes()
+        json.loads(raw, object_pairs_hook=_once)
+        found = Lock.model_validate_json(raw)
         for one in found.tensors.values():
             _ = one.fingerprint
         return found
@@ -153,21 +155,17 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def write_lock(made: Lock, path: Path) -> None:
     """Write a lock file at once: whatever happens there is the old one or the new one. Raises MachineError."""
-    try:
-        with tempfile.NamedTemporaryFile("w", dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
-            try:
-                file.write(made.text())
-                file.flush()
-                os.fsync(file.fileno())
-                umask = os.umask(0)
-                os.umask(umask)
-                os.fchmod(file.fileno(), 0o666 & ~umask)
-                os.replace(file.name, path)
-            except BaseException:
-                os.unlink(file.name)
-                raise
-    except OSError as error:
-        raise MachineError(f"cannot be written: {error.strerror}", where=str(path)) from None
+    beside = path.with_name(f".{path.name}.{os.getpid()}")
+    with disk.named(path, "cannot be written"):
+        try:
+            with disk.created(beside) as out:
+                disk.write_all(out, made.text().encode())
+                os.fsync(out)
+            os.replace(beside, path)
+        except BaseException:
+            beside.unlink(missing_ok=True)
+            raise
+        disk.sync_path(path.parent)
 
 
 @dataclass(frozen=True)
@@ -179,18 +177,14 @@ class Made:
 
 
 @contextmanager
-def making(
-    recipe: Recipe, *, scratch: Path | None = None, progress: Progress = lambda what, done, total: None, **how: Any
-) -> Iterator[Made]:
+def making(recipe: Recipe, *, scratch: str | Path | None = None, **how: Any) -> Iterator[Made]:
     """Run the merge into a folder below `scratch` (default: here), and delete it in the end.
 
-    `how` are the options of `pipeline.run` that say how to run (`device`, `threads`, `memory`, `reading`). Raises what a run raises.
+    `how` are options of `pipeline.run` (`device`, `threads`, `memory`, `reading`, `progress`, `planned`). Raises what a run raises.
     """
     where = Path(scratch or ".")
-    try:
+    with disk.named(where, "cannot be written"):
         folder = Path(tempfile.mkdtemp(prefix=f".{recipe.name}.check.", dir=where))
-    except OSError as error:
-        raise MachineError(f"cannot be written: {error.strerror}", where=str(where)) from None
     try:
         watched: list[tuple[Plan, Fingerprinting]] = []
 
@@ -199,7 +193,7 @@ def making(
             return watched[-1][1]
 
         out = folder / recipe.name
-        result = pipeline.run(recipe, out, progress=progress, watch=watch, **how)
+        result = pipeline.run(recipe, out, watch=watch, **how)
         plan, fingerprints = watched[-1]
         stages = {node: key for node, key, _ in result.stages}
         yield Made(_lock(recipe, plan, out, fingerprints.finish(), stages), out)
@@ -295,15 +289,7 @@ def software() -> dict[str, str]:
 def _versions(plan: Plan, recipe: Recipe) -> dict[str, int]:
     """The versions of all ops that make rows, and of those of the recipe's stages."""
     found = {stage.op: recipe.nodes[stage.node].op.version for stage in plan.stages if stage.node in recipe.nodes}
-    seen: set[int] = set()
-    todo: list[Expression] = [row.expression for row in plan.rows]
-    while todo:
-        one = todo.pop()
-        if isinstance(one, Apply) and id(one) not in seen:
-            seen.add(id(one))
-            found[one.op.name] = one.op.version
-            todo += one.inputs
-    return found
+    return found | {one.op.name: one.op.version for one in applications(row.expression for row in plan.rows)}
 
 
 # Run --locked
@@ -335,17 +321,21 @@ def guard(recipe: Recipe, path: Path, device: str = "cpu") -> Callable[[Mapping[
 
 
 def _drifted(lock: Lock, recipe: Recipe) -> list[str]:
-    """In what the recipe's inputs are others than were locked, as far as headers show it."""
-    found = {}
-    for name, checkpoint in pipeline.open_models(recipe).items():
-        files = {f.name: LockedFile(size=f.size, header=f.header_digest) for f in checkpoint.files.values()}
-        before = lock.inputs.get(name)
-        found[name] = LockedInput(
-            source=_sources(recipe)[name],
-            revision=checkpoint.folder.revision,
-            files=files,
-            content=before.content if before else "0" * 64,
+    """In what the recipe's inputs are others than were locked, as far as headers show it.
+
+    A model that only stages run is none of them: its weights are in the keys of their artifacts.
+    """
+    opened = pipeline.open_models(recipe)
+    found = {
+        name: before.model_copy(
+            update={
+                "revision": opened[name].folder.revision,
+                "files": {f.name: LockedFile(size=f.size, header=f.header_digest) for f in opened[name].files.values()},
+            }
         )
+        for name, before in lock.inputs.items()
+        if name in opened
+    }
     return [*_input_changes(lock.inputs, found)]
 
 
@@ -425,7 +415,6 @@ class Check:
     changes: tuple[str, ...]
     moved: tuple[Moved, ...]
     expected: tuple[Expectation, ...] = ()
-    warnings: tuple[str, ...] = field(default=())
 
     @property
     def passed(self) -> bool:
@@ -438,7 +427,7 @@ def check(
     lock: Lock,
     *,
     tolerance: float | None = None,
-    scratch: Path | None = None,
+    scratch: str | Path | None = None,
     progress: Progress = lambda what, done, total: None,
     **how: Any,
 ) -> Check:
@@ -448,10 +437,13 @@ def check(
     else nothing. Raises what a run raises, RecipeError for an `expect.drift` whose patterns fit no tensor, InputError for data that
     cannot be read.
     """
-    expect = recipe.expect
-    with making(recipe, scratch=scratch, progress=progress, **how) as made:
-        limits = _limits(recipe, made.lock, tolerance)
-        expected = [*_finite(expect, made.lock), *_measured(recipe, made.folder, progress, **how)]
+    limits: dict[str, float] = {}
+
+    def planned(plan: Plan) -> None:  # patterns that fit nothing are said before a weight is read
+        limits.update(_limits(recipe, plan, tolerance))
+
+    with making(recipe, scratch=scratch, progress=progress, planned=planned, **how) as made:
+        expected = [*_finite(recipe.expect, made.lock), *_measured(recipe, made.folder, progress, **how)]
         return Check(
             recipe.name,
             len(made.lock.tensors),
@@ -461,25 +453,21 @@ def check(
         )
 
 
-def _limits(recipe: Recipe, made: Lock, tolerance: float | None) -> dict[str, float]:
-    """The drift that each tensor may have."""
-    if tolerance is not None:
-        return dict.fromkeys(made.tensors, tolerance)
+def _limits(recipe: Recipe, plan: Plan, tolerance: float | None) -> dict[str, float]:
+    """The drift that each tensor may have. Raises RecipeError for patterns of `expect.drift` that fit none."""
+    names = {_named(row.output, row.name): row.name for row in plan.rows}
     setting = recipe.expect.drift
+    if tolerance is not None:
+        return dict.fromkeys(names, tolerance)
     if setting is None:
         return {}
-    several = len(recipe.outputs) > 1
-    plain = {name: name.partition("/")[2] if several else name for name in made.tensors}
-    known = places(plain.values())
-    for rules in rules_in(setting):
-        for number, rule in enumerate(rules):
-            if rule.match is not None and not any(matches(rule.match, place) for place in known.values()):
-                raise RecipeError(
-                    f"no tensor of the output fits {', '.join(map(repr, rule.match))}",
-                    where=recipe.where(("expect", "drift", number, "match")),
-                    fix=nearest(rule.match[0], known),
-                )
-    return {name: value_at(setting, known.get(short) or Place(short)) for name, short in plain.items()}
+    known, where, findings = places(names.values()), recipe.where(("expect", "drift")), Findings()
+    findings.check_setting(setting, known, where)
+    raise_all(findings.all())
+    try:
+        return {name: value_at(setting, known[short]) for name, short in names.items()}
+    except RecipeError as error:
+        raise error.placed(where) from None
 
 
 def _changes(before: Lock, now: Lock) -> Iterator[str]:

@@ -37,12 +37,13 @@ from mergeflow.errors import (
     RecipeError,
     raise_all,
 )
-from mergeflow.graph import Apply, Plan, PlannedStage, SideFile
+from mergeflow.graph import Plan, PlannedStage, SideFile
 from mergeflow.hub import is_local, locate
 from mergeflow.ops.statistics import StageOp
 from mergeflow.ops.unchanged import Unchanged
 from mergeflow.planning import (
     NO_MODEL,
+    applications,
     keeps_quantisation,
     like_and_tokenizer,
     loads,
@@ -220,17 +221,8 @@ def _digest_beside(files: list[SideFile], models: Mapping[str, Checkpoint]) -> s
 
 def _ops(rows: list[Any]) -> list[tuple[str, str | None]]:
     """The ops that rows use, with their papers, by name."""
-    found: dict[str, str | None] = {}
-    seen: set[int] = set()
-    todo = [row.expression for row in rows]
-    while todo:
-        expression = todo.pop()
-        if isinstance(expression, Apply) and id(expression) not in seen:
-            seen.add(id(expression))
-            if not isinstance(expression.op, Unchanged):
-                found.setdefault(expression.op.name, expression.op.paper)
-            todo += expression.inputs
-    return sorted(found.items())
+    ops = (one.op for one in applications(row.expression for row in rows))
+    return sorted({op.name: op.paper for op in ops if not isinstance(op, Unchanged)}.items())
 
 
 def _portable(recipe: Recipe, out: Path, key: str) -> str:
@@ -319,7 +311,6 @@ def run(
                 clock.lap("fetch")
                 report = _fill(made, paths, staging, watch, budget, device, reading, stop, progress)
                 _check_stamps(stamps)
-                finished = staging.finish()
                 clock.lap("rows")
             except (NumericError, RecipeError, InputError, Problems) as error:
                 # The same plan would end here again, and another one cannot go on from what it left; what a disk could
@@ -327,6 +318,7 @@ def run(
                 if not isinstance(error, InputError) or _changed(stamps):
                     staging.discard()
                 raise
+            finished = staging.finish()
             inputs = _inputs(made, finished)
             try:
                 accept(inputs)

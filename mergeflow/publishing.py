@@ -538,9 +538,14 @@ def _layers_table(stacked: Stacked) -> str:
 
 
 def _cell(text: str) -> str:
-    """A table's cell in code style; what would end the cell or the code is replaced."""
-    plain = printable(text).replace("\n", " ").replace("`", "'").replace("|", "\\|")
+    """A table's cell in code style."""
+    plain = cell_text(text)
     return f"`{plain}`" if plain else ""
+
+
+def cell_text(text: str) -> str:
+    """Text for a table's cell, in code style or not: what would end the cell or the code is replaced."""
+    return printable(text).replace("\n", " ").replace("`", "'").replace("|", "\\|")
 
 
 def _paper(paper: str) -> str:

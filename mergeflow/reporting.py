@@ -10,7 +10,8 @@ from typing import Any
 from mergeflow.checkpoint.adapter import Adapter
 from mergeflow.errors import printable
 from mergeflow.graph import Apply, Expression, Load, Plan, loads_of
-from mergeflow.planning import loads
+from mergeflow.planning import applications, loads
+from mergeflow.publishing import cell_text
 from mergeflow.recipe import Node, Recipe
 from mergeflow.settings import Each, Gradient
 
@@ -66,18 +67,10 @@ def plan_data(plan: Plan, *, threads: int, peak: int, free: int) -> dict[str, An
 
 def bytes_read(plan: Plan) -> int:
     """Bytes that a run reads: each tensor once, and twice more what a measure looks at (rounds depend on the numbers)."""
-    total = plan.bytes_in
-    seen: set[int] = set()
-    todo: list[Expression] = [row.expression for row in plan.rows]
-    while todo:
-        expression = todo.pop()
-        if isinstance(expression, Apply) and id(expression) not in seen:
-            seen.add(id(expression))
-            todo += expression.inputs
-            if expression.measure is not None and id(expression.measure) not in seen:
-                seen.add(id(expression.measure))
-                total += 2 * sum(load.tensor.nbytes for inputs in expression.measure.over for load in loads(*inputs))
-    return total
+    measures = (one.measure for one in applications(row.expression for row in plan.rows))
+    once = {id(measure): measure for measure in measures if measure is not None}
+    measured = (inputs for measure in once.values() for inputs in measure.over)
+    return plan.bytes_in + 2 * sum(load.tensor.nbytes for inputs in measured for load in loads(*inputs))
 
 
 def expression_text(expression: Expression) -> str:
@@ -157,7 +150,7 @@ def plan_markdown(data: Mapping[str, Any]) -> str:
 
 def markdown_cell(text: str) -> str:
     """Text that can stand in a cell of a table, in code style or not: it ends neither and starts no line of its own."""
-    return printable(text).replace("\n", " ").replace("|", "\\|").replace("`", "'").replace("<", "&lt;")
+    return cell_text(text).replace("<", "&lt;")
 
 
 def _adapter_text(facts: Mapping[str, Any] | None) -> str:

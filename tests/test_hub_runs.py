@@ -188,8 +188,9 @@ def test_ctrl_c_while_weights_are_fetched_stops_and_the_next_run_goes_on(
     server: HubServer, tmp_path: pathlib.Path
 ) -> None:
     code = (
-        "import sys, time, mergeflow.cli as cli\n"
-        "def update(self, what, done, total):\n    print(what, flush=True)\n    time.sleep(0.3)\n"
+        # One call for a line: several threads fetch, and print() writes a line and its end apart.
+        "import os, sys, time, mergeflow.cli as cli\n"
+        "def update(self, what, done, total):\n    os.write(1, f'{what}\\n'.encode())\n    time.sleep(0.3)\n"
         "cli._Progress.update = update\n"
         "sys.argv = ['mergeflow', 'run', 'recipe.yaml', '-o', 'out', '-q']\ncli.main()\n"
     )

@@ -6,6 +6,7 @@ import json
 import math
 import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -111,6 +112,18 @@ def test_a_pattern_that_fits_no_tensor_is_an_error_with_its_place(folder: Path) 
     (folder / "mean.yaml").write_text(RECIPE + "expect:\n  drift: [{match: '*.mpl.*', value: 1.0}, {value: 0.0}]\n")
     done = call("check", "mean.yaml", "-q")
     assert done.code == 2 and "mean.yaml:6:" in done.err and "mlp" in done.err
+
+
+def test_a_pattern_that_fits_no_tensor_is_said_before_a_weight_is_read(folder: Path) -> None:
+    (folder / "mean.yaml").write_text(RECIPE + "expect: {drift: [{match: '*.mpl.*', value: 1.0}, {value: 0.0}]}\n")
+    looked: list[str] = []
+    with pytest.raises(RecipeError, match="mpl"):
+        check(
+            load_recipe("mean.yaml"),
+            read_lock(lock_path("mean.yaml")),
+            progress=lambda what, done, total: looked.append(what),
+        )
+    assert not looked
 
 
 @pytest.mark.parametrize(
@@ -228,9 +241,9 @@ def test_a_locked_run_refuses_another_recipe_and_one_without_a_lock(folder: Path
         lambda text: "\x00\xff",
     ],
 )
-def test_a_spoilt_lock_is_an_error_that_names_the_file(spoil: object, folder: Path) -> None:
+def test_a_spoilt_lock_is_an_error_that_names_the_file(spoil: Callable[[str], str], folder: Path) -> None:
     path = lock_path("mean.yaml")
-    path.write_text(spoil(path.read_text()))  # type: ignore[operator]
+    path.write_text(spoil(path.read_text()))
     with pytest.raises(InputError) as caught:
         read_lock(path)
     assert "mean.yaml.lock" in str(caught.value) and "mergeflow lock" in str(caught.value)
@@ -267,6 +280,24 @@ def test_the_fingerprints_are_those_of_the_written_tensors(folder: Path) -> None
         for name, one in made.lock.tensors.items():
             assert one.fingerprint == fingerprint(written[name].reshape(-1), name)
     assert not made.folder.exists()
+
+
+def test_a_model_that_only_a_stage_runs_is_locked_by_the_stage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("transformers")
+    monkeypatch.setenv("MERGEFLOW_CACHE", str(tmp_path / "cache"))
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(Path(__file__).parent.parent / "recipes/quickstart/models/base", tmp_path / "a")
+    rows = [json.dumps({"x": [0.1 * ((i + j) % 10) for j in range(64)]}) for i in range(20)]
+    (tmp_path / "rows.jsonl").write_text("\n".join(rows))
+    (tmp_path / "g.yaml").write_text(
+        "recipe: 1\nname: g\nmodels: {a: ./a}\ndata: {rows: {path: ./rows.jsonl, features: x}}\n"
+        "nodes: {g: {op: gram, model: a, data: rows}}\n"
+    )
+    assert call("lock", "g.yaml", "-q").code == 0
+    assert call("run", "g.yaml", "--locked", "-q").code == 0
+    (tmp_path / "rows.jsonl").write_text("\n".join(rows[:-1]))
+    done = call("run", "g.yaml", "--locked", "-q", "--force")
+    assert done.code == 3 and "the stage 'g'" in done.err
 
 
 def test_a_guard_takes_what_was_locked(folder: Path) -> None:

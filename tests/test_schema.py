@@ -290,7 +290,10 @@ def test_the_file_in_schemas_is_fresh() -> None:
     assert fresh, "the schema has changed; renew the file by `mergeflow schema > schemas/recipe.schema.json`"
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "recipes").rglob("*.y*ml")), ids=lambda path: path.stem)
+RECIPES = sorted(p for p in (ROOT / "recipes").rglob("*.y*ml") if "/." not in str(p.relative_to(ROOT)))
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_the_recipes_of_the_repository_are_accepted(path: Path) -> None:
     data = read_document(path.read_bytes(), str(path)).data
     assert not complaint(data)
@@ -385,18 +388,20 @@ def test_an_op_of_another_package_is_in_the_schema_and_its_page_can_be_copied(tm
 
 
 def test_making_the_schema_is_quick_and_needs_no_torch() -> None:
+    # Processors differ by more than a change to the schema may cost: so it is held against a loop of some 0.06 s.
     code = (
         "import sys, time; import mergeflow.schema as s; start = time.process_time(); s.schema_text(); "
-        "s.ops_table(); s.op_page('ties'); assert 'torch' not in sys.modules; print(time.process_time() - start)"
+        "s.ops_table(); s.op_page('ties'); assert 'torch' not in sys.modules; made = time.process_time(); "
+        "sum(i * i for i in range(1_000_000)); print((made - start) / (time.process_time() - made))"
     )
-    best = 9.0
+    best = 99.0
     for _ in range(3):
         found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
         best = min(best, float(found.stdout))
-        if best < 0.4:
+        if best < 10:
             return
         time.sleep(0.5)
-    raise AssertionError(f"{best} s")
+    raise AssertionError(f"{best} times the loop")
 
 
 def test_the_table_has_each_op_with_its_parameters() -> None:

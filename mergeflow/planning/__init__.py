@@ -12,7 +12,7 @@ from collections.abc import Mapping
 
 from mergeflow.checkpoint import Checkpoint
 from mergeflow.graph import Plan
-from mergeflow.planning.expressions import loads
+from mergeflow.planning.expressions import applications, loads
 from mergeflow.planning.models import EMBEDDINGS, HEADS, QUANTISED, SPACE_KEY
 from mergeflow.planning.planner import NO_MODEL, Planner, default_like, keeps_quantisation, plan_digest, references
 from mergeflow.recipe import Output, Recipe
@@ -23,6 +23,7 @@ __all__ = [
     "NO_MODEL",
     "QUANTISED",
     "SPACE_KEY",
+    "applications",
     "keeps_quantisation",
     "like_and_tokenizer",
     "loads",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 from mergeflow.checkpoint.sources import Zeros
@@ -147,6 +147,18 @@ def _renormalised(op: Op, values: tuple[Any, ...], place: Place, count: int) -> 
     if abs(left) < 1e-8:
         raise RecipeError("the weights of the inputs that are left sum to 0", fix="Change the weights, or `missing:`.")
     return (*values[:index], tuple(weight * total / left for weight in values[index]), *values[index + 1 :])
+
+
+def applications(expressions: Iterable[Expression]) -> Iterator[Apply]:
+    """Each op on tensors that expressions hold, once."""
+    seen: set[int] = set()
+    todo = list(expressions)
+    while todo:
+        expression = todo.pop()
+        if isinstance(expression, Apply) and id(expression) not in seen:
+            seen.add(id(expression))
+            yield expression
+            todo += expression.inputs
 
 
 def loads(*expressions: Expression) -> Iterator[Load]:

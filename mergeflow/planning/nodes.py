@@ -292,16 +292,16 @@ class NodeTable(Table):
                     )
                 )
         if node.only is not None:
-            self.planner.check_rules([node.only], self.places, self.where("only"))
+            self.findings.check_rules([node.only], self.places, self.where("only"))
         if node.rules:
-            self.planner.check_rules(node.rules, self.places, self.where("rules"))
+            self.findings.check_rules(node.rules, self.places, self.where("rules"))
 
     def _check_setting(
         self, setting: Any, at: Mapping[str, Place], name: str, each: Sequence[Mapping[str, Place]] = ()
     ) -> None:
         """Check a setting against the places it is asked for at; `each` holds those of each input, where they differ."""
         if not isinstance(setting, Each):
-            self.planner.check_setting(setting, at, self.where(name))
+            self.findings.check_setting(setting, at, self.where(name))
             return
         # A rule of the node that an input's own rules hide holds for the other inputs: it is checked once, without them.
         shared: dict[int, Rule[Any]] = {}
@@ -314,8 +314,10 @@ class NodeTable(Table):
             if isinstance(one, tuple):
                 one = tuple(rule for rule in one if counts[id(rule)] == 1)
             where = self.where(self.node.op.takes, index, name)
-            self.planner.check_setting(one, each[index] if each else at, where)
-        self.planner.check_setting(tuple(rule for key, rule in shared.items() if counts[key] > 1), at, self.where(name))
+            self.findings.check_setting(one, each[index] if each else at, where)
+        self.findings.check_setting(
+            tuple(rule for key, rule in shared.items() if counts[key] > 1), at, self.where(name)
+        )
 
     # Tensors
 

@@ -21,14 +21,14 @@ from mergeflow.layout import Tensor, lay_out
 from mergeflow.planning.adapters import AdapterTable, Filled
 from mergeflow.planning.emr import EmrApplyTable, EmrArtifact, EmrTable
 from mergeflow.planning.expressions import FLOAT32, FLOAT64, Expressions, loads
-from mergeflow.planning.findings import Findings, nearest, some
+from mergeflow.planning.findings import Findings, some
 from mergeflow.planning.models import SPACE_KEY, ModelTable, Table, packed, quantised, settle_ties
 from mergeflow.planning.nodes import NodeTable
 from mergeflow.planning.stacks import StackTable, counterparts, numbered_stacks
 from mergeflow.planning.statistics import AimTable, FisherTable, LotTable, RegmeanTable, StatisticsTable
 from mergeflow.planning.vocabulary import Vocabularies
 from mergeflow.recipe import Node, Output, Recipe
-from mergeflow.settings import Gradient, Place, matches, value_at
+from mergeflow.settings import Place, value_at
 
 NO_MODEL = ("artifact", "statistics")
 """Spaces of what is no model: nothing of a model stands beside it."""
@@ -133,56 +133,6 @@ class Planner:
         table = self.tables.get(model)
         return isinstance(table, ModelTable) and table.tied
 
-    def check_setting(self, setting: Any, at: Mapping[str, Place], where: str) -> None:
-        """The patterns of a setting's rules, and the layers of its gradients, must be there."""
-        if isinstance(setting, tuple):
-            self.check_rules([rule.match for rule in setting], at, where)
-            for rule in setting:
-                if isinstance(rule.value, Gradient):
-                    here = {name: place for name, place in at.items() if matches(rule.match or ("*",), place)}
-                    self.check_setting(rule.value, here or at, where)
-        elif isinstance(setting, Gradient) and setting.over is None:
-            # Without `outside` each tensor is a problem of its own.
-            if setting.outside is not None and all(place.layers is None for place in at.values()):
-                self.findings.warnings[
-                    f"{where}: the gradient never applies, since none of its tensors is in a numbered layer: "
-                    f"all take `outside: {setting.outside}`"
-                ] = None
-        elif isinstance(setting, Gradient) and setting.over is not None:
-            first, last = map(int, setting.over.split("-"))
-            if not any(place.layer is not None and first <= place.layer <= last for place in at.values()):
-                layers = sorted({place.layer for place in at.values() if place.layer is not None})
-                fix = f"Layers run from {layers[0]} to {layers[-1]}." if layers else "There are no numbered layers."
-                self.findings.add(
-                    RecipeError(f"`over: {setting.over}` covers none of the layers", where=where, fix=fix)
-                )
-
-    def check_rules(self, rules: Sequence[tuple[str, ...] | None], at: Mapping[str, Place], where: str) -> None:
-        """A rule that fits nothing is a problem, one that is hidden by those before it a warning."""
-        waiting = {index for index, rule in enumerate(rules) if rule is not None}
-        for place in at.values():
-            if not waiting:
-                return
-            for index, rule in enumerate(rules):
-                if rule is None or matches(rule, place):
-                    waiting.discard(index)
-                    break
-        for index in sorted(waiting):
-            rule = rules[index] or ()
-            shown = ", ".join(rule)
-            if any(matches(rule, place) for place in at.values()):
-                self.findings.warnings[f"{where}: the rule '{shown}' is hidden by the rules before it"] = None
-            else:
-                self.findings.add(
-                    RecipeError(
-                        f"the pattern '{shown}' fits none of the {len(at)} tensors"
-                        if len(rule) == 1
-                        else f"the patterns '{shown}' fit none of the {len(at)} tensors",
-                        where=where,
-                        fix=nearest(rule[0], at),
-                    )
-                )
-
     # Outputs
 
     def plan(self) -> Plan:
@@ -228,7 +178,7 @@ class Planner:
         if table.sparse and like is not None:
             table = Filled(table, like, self.expressions)
         others = self._check_like(output, table, like) if like is not None else {}
-        self.check_setting(output.dtype, table.places, self.recipe.where((*output.path, "dtype")))
+        self.findings.check_setting(output.dtype, table.places, self.recipe.where((*output.path, "dtype")))
         tensors: list[Tensor] = []
         expressions: list[Expression] = []
         for name, stored in table.tensors.items():

@@ -209,7 +209,7 @@ class _Parser:
         self.sources: dict[str, DataSource] = {}
         self.nodes: dict[str, Node] = {}
         self.later: set[str] = set()
-        """Names in sections that cannot be used yet: references to them are no further problems."""
+        """Nodes whose op cannot be used yet: references to them are no further problems."""
 
     def where(self, path: Path, key: bool = False) -> str:
         return place_in(self.document, path, key)
