@@ -296,7 +296,7 @@ def collect(job: StageJob, folder: models.Folder, examples: data.Examples) -> co
 
     def measure(run: Callable[..., None]) -> None:
         here = collecting.chosen(collector.learn(lambda: run(first, final=False)), job.only)
-        parts = list(collecting.passes(here, kind, dtype, job.memory)) or [()]
+        parts = list(collecting.passes(collecting.taken(job, here, kept, rows), kind, dtype, job.memory)) or [()]
         for part in parts:
             final = part is parts[-1]
             found = collector.measure(part, told(), partial(run, final=final))
