@@ -565,6 +565,11 @@ def _collect(job: StageJob, folder: models.Folder, examples: data.Examples) -> C
     model = models.load_model(folder, job.device)
     settle(model, examples)
     names = naming.checked(naming.names_of(model, naming.shapes(folder.checkpoint)), model, folder.checkpoint)
+    return collect_with(job, examples, model, names)
+
+
+def collect_with(job: StageJob, examples: data.Examples, model: nn.Module, names: naming.Names) -> Collected:
+    """Collect with a model that can be run whole."""
     op, size = job.op, job.op.batch_size
     collector = Collector(model, names, kind_of(op), accumulator(op), job.device)
     first = next(iter(examples.batches(size, job.device)))
