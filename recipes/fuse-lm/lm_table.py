@@ -36,7 +36,7 @@ WAYS = {
 
 def fuse(recipe: Path, work: Path, out: Path, seed: int, *more: str) -> None:
     """`mergeflow run`: all that a recipe makes."""
-    settings = ("--set", f"work={work.resolve()}", "--set", f"seed={seed}")
+    settings = ("--set", f"work={work.resolve()}", "--set", f"seed={seed}", "--threads", "1")
     commands.command("run", str(recipe), "-o", str(out), *settings, *more)
 
 
