@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -747,6 +748,35 @@ def test_a_plan_of_texts_counts_their_tokens_about(here: Path) -> None:
     # A token of 64 has 1.5 characters; none is longer than the context of 24.
     assert foreseeing.tokens_of(Gram(), folder, [3, 6, 1000]) == 2 + 4 + 24
     assert foreseeing.tokens_of(Gram(max_length=3), folder, [3, 6, 1000]) == 2 + 3 + 3
+
+
+def test_a_tied_head_is_the_mean_as_its_embedding_is(here: Path) -> None:
+    pytest.importorskip("transformers")
+    from mergeflow.stages import models
+    from tests.test_collecting import llama, saved
+
+    with models.quietly():
+        for seed, name in enumerate("ab"):
+            shutil.rmtree(here / name)
+            torch.manual_seed(seed)
+            saved(here / name, "llama", llama(tie_word_embeddings=True))
+            state = weights(here / name)
+            save_file(
+                {n: t + 0.1 * seed for n, t in state.items()}, here / name / "model.safetensors", {"format": "pt"}
+            )
+        for data in ("rows", "more"):
+            (here / f"{data}.jsonl").write_text(
+                "".join(f'{{"text": "w{i} w{i + 1} w{i + 3}"}}\n' for i in range(4, 50))
+            )
+        result = pipeline.run(recipe(), "out")
+    a, b, merged = (weights(here / name) for name in ("a", "b", "out"))
+    assert result.rows == len(merged) == len(a)
+    assert "lm_head.weight" not in merged
+    table, query = "model.embed_tokens.weight", "model.layers.0.self_attn.q_proj.weight"
+    assert torch.allclose(merged[table], (a[table] + b[table]) / 2, atol=1e-6)
+    assert merged.keys() == a.keys()
+    assert all(torch.isfinite(one).all() for one in merged.values())
+    assert not torch.equal(merged[query], a[query])
 
 
 def test_a_run_says_which_stages_it_made_and_which_it_found(here: Path) -> None:
