@@ -10,6 +10,7 @@ runs. For a plan, a stage that has not run yet gives the headers of what it woul
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import shutil
 import stat
@@ -76,6 +77,8 @@ class Stage:
     """A digest of all that decides each of the models."""
     needs: Needs | None = None
     """What making it takes, of what has not been made and can be told."""
+    family: str = ""
+    """A digest of all that goes into it but `only`; of stages that collect statistics."""
 
     @property
     def path(self) -> Path:
@@ -258,24 +261,24 @@ def _stage(
     seed = recipe.seed if node.seed is None else node.seed
     digests = dict(known)
     identities = tuple(_identity(recipe, model, opened, digests) for model in models)
-    key = cache.artifact_key(
-        {
-            "op": node.op.name,
-            "version": node.op.version,
-            "parameters": node.op.deciding,
-            "only": node.only,
-            "seed": seed if node.op.seeded else None,
-            "models": identities,
-            "data": [
-                _data_identity(recipe, str(one.data), source) if source else None
-                for one, source in zip(node.inputs, data, strict=True)
-            ],
-            "device": device.partition(":")[0],
-        }
-    )
+    parts = {
+        "op": node.op.name,
+        "version": node.op.version,
+        "parameters": node.op.deciding,
+        "seed": seed if node.op.seeded else None,
+        "models": identities,
+        "data": [
+            _data_identity(recipe, str(one.data), source) if source else None
+            for one, source in zip(node.inputs, data, strict=True)
+        ],
+        "device": device.partition(":")[0],
+    }
+    key = cache.artifact_key({**parts, "only": node.only})
+    family = cache.artifact_key(parts) if isinstance(node.op, StatisticsOp) else ""
     path = cache.artifact_path(key)
     repair(path)
-    return Stage(node, node.op, models, data, key, done=finished_digest(path) is not None, identities=identities)
+    done = finished_digest(path) is not None
+    return Stage(node, node.op, models, data, key, done=done, identities=identities, family=family)
 
 
 def _check_unchanged(
@@ -384,6 +387,17 @@ def _data_identity(recipe: Recipe, name: str, data: DataSource) -> Any:
         fix, why = "Paths of data are relative to the recipe.", getattr(error, "strerror", None) or error
         raise InputError(f"cannot read '{data.path}': {why}", where=where, fix=fix) from None
     return [said, digest.hexdigest()]
+
+
+def _relatives(stage: Stage) -> tuple[Statistics, ...]:
+    """What the cache holds of the same op on the same model and data for other tensors; one that is damaged does not count."""
+    found = []
+    for entry in cache.entries() if stage.family else ():
+        (path,) = entry.paths
+        with contextlib.suppress(OSError, ValueError, AttributeError, RecursionError, MergeflowError):
+            if json.loads((path / MANIFEST).read_bytes()).get("family") == stage.family:
+                found.append(open_statistics(CachedFolder(f"artifact {entry.key}", path, key=entry.key)))
+    return tuple(found)
 
 
 def _opened(recipe: Recipe, stage: Stage) -> Checkpoint:
@@ -673,8 +687,9 @@ class Runner:
         folder, checkpoint = self._model(name, recipe, work / "model")
         # A merged model in the cache stands among the recipe's models too, in the place of its node.
         own = name in recipe.resolved.get("models", {})
+        known = _relatives(stage)
         source = {
-            "digest": _digest_of(checkpoint, self.stop, self.progress),
+            "digest": known[0].facts.model.digest if known else _digest_of(checkpoint, self.stop, self.progress),
             "source": checkpoint.folder.label if own else f"node {name}",
             "revision": checkpoint.folder.revision if own else None,
             "files": marks(checkpoint),
@@ -694,6 +709,7 @@ class Runner:
             seed=recipe.seed if stage.node.seed is None else stage.node.seed,
             progress=self.progress,
             stop=self.stop,
+            known=known,
         )
         job.work.mkdir(exist_ok=True)
         run_stage(job)
@@ -795,7 +811,7 @@ class Runner:
 
     def _write(self, stage: Stage) -> Callable[[Mapping[str, Tensor], Mapping[str, bytes], Mapping[str, str]], None]:
         return lambda tensors, files, metadata: write_artifact(
-            stage.path, stage.key, tensors, files, metadata, self.stop
+            stage.path, stage.key, tensors, files, metadata, self.stop, stage.family
         )
 
     def _model(self, name: str, recipe: Recipe, made: Path) -> tuple[Path, Checkpoint]:
@@ -855,8 +871,11 @@ def write_artifact(
     files: Mapping[str, bytes],
     metadata: Mapping[str, str],
     stop: threading.Event | None = None,
+    family: str = "",
 ) -> None:
     """Make the folder of an artifact, all or nothing: tensors in this order in one file, side files, and a manifest.
+
+    `family` is what it shares with artifacts that were made of the same for other tensors.
 
     Tensors are asked for one at a time, twice each: once for their shapes, once to be written.
     """
@@ -897,6 +916,7 @@ def write_artifact(
             "format": FORMAT,
             "plan": key,
             "stage": key,
+            **({"family": family} if family else {}),
             "tensors": {
                 row.name: {
                     "file": shards[row.shard].file,

@@ -24,7 +24,7 @@ from mergeflow.checkpoint.statistics import Facts
 from mergeflow.errors import InputError, Interrupted, MachineError, MergeflowError, NumericError, RecipeError
 from mergeflow.ops.statistics import ActAbsmean, Gram, GramDiag, InputMean, StageOp
 from mergeflow.recipe.grammar import DataSource
-from mergeflow.stages import StageJob, collecting, data, models, naming, predict, run_stage
+from mergeflow.stages import StageJob, collecting, data, models, naming, offloading, predict, run_stage
 
 VOCAB = {"[PAD]": 0, "[UNK]": 1, "[CLS]": 2, "[SEP]": 3, **{f"w{i}": i for i in range(4, 64)}}
 LABELS = {"bad": 0, "fair": 1, "good": 2}
@@ -567,9 +567,66 @@ def test_a_walk_ends_behind_the_last_block_that_is_asked_for(folders: Mapping[st
     assert walked.facts == whole.facts and all(torch.equal(walked.tensors[n], whole.tensors[n]) for n in whole.tensors)
 
 
-def test_a_model_that_cannot_be_walked_says_how_to_go_on(folders: Mapping[str, Path], tmp_path: Path) -> None:
-    with pytest.raises(MachineError, match=r"cannot be run block by block.*--memory"):
-        collected(exact(), folders["t5"], rows_for("t5"), tmp_path, label="answer", memory=20_000)
+@pytest.mark.parametrize("name", ["t5", "bart", "vit"])
+def test_a_model_of_other_families_runs_with_one_block_in_memory_and_gives_the_same_bits(
+    name: str, folders: Mapping[str, Path], tmp_path: Path
+) -> None:
+    label = {} if name == "vit" else {"label": "answer"}
+    whole = collected(exact(), folders[name], rows_for(name), tmp_path, **label)
+    memory = 40_000 if name == "bart" else 20_000
+    large = collected(exact(), folders[name], rows_for(name), tmp_path, memory=memory, **label)
+    assert any("its blocks are read again for every batch" in said for said in large.said)
+    assert not any("its blocks are read again" in said for said in whole.said)
+    assert large.facts == whole.facts
+    assert large.tensors.keys() == whole.tensors.keys()
+    for tensor in whole.tensors:
+        assert torch.equal(large.tensors[tensor], whole.tensors[tensor]), tensor
+
+
+def test_no_more_than_the_outside_and_one_block_is_in_memory(folders: Mapping[str, Path], tmp_path: Path) -> None:
+    sizes = {"d_model": 64, "d_kv": 16, "d_ff": 256, "num_layers": 8, "num_heads": 4}
+    config = transformers.T5Config(vocab_size=64, decoder_start_token_id=0, eos_token_id=3, **sizes)
+    model = saved(tmp_path / "large", "t5", transformers.T5ForConditionalGeneration(config))
+    stored = (model / "model.safetensors").stat().st_size
+    empty = models.empty_model(models.open_folder(model))
+    least = offloading.least_bytes(empty, offloading.blocks_of(empty))
+    gc.collect()
+    before = parameters_in_memory()
+    most: list[int] = []
+    original = offloading.Filling.fill
+
+    def fill(self: offloading.Filling, names: Sequence[str]) -> None:
+        original(self, names)
+        most.append(parameters_in_memory() - before)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(offloading.Filling, "fill", fill)
+        collected(Gram(codec="diagonal"), model, rows_for("t5"), tmp_path, memory=stored // 2, label="answer")
+    assert max(most) == least < stored / 6
+
+
+def test_a_model_that_cannot_fit_is_refused_with_the_numbers(folders: Mapping[str, Path], tmp_path: Path) -> None:
+    refused(
+        MachineError, r"takes [\d,]+ bytes.*largest block, and may take 9,000.*--memory", exact(), folders["t5"],
+        rows_for("t5"), tmp_path, label="answer", memory=9_000,
+    )  # fmt: skip
+
+
+def test_a_block_whose_weights_are_used_outside_it_is_refused(folders: Mapping[str, Path], tmp_path: Path) -> None:
+    own = transformers.T5ForConditionalGeneration.forward
+
+    def forward(self: Any, *args: Any, **more: Any) -> Any:
+        made = own(self, *args, **more)
+        return made.logits @ self.encoder.block[0].layer[1].DenseReluDense.wi.weight.new_ones(64) + bool(
+            self.encoder.block[0].layer[1].DenseReluDense.wi.weight.sum() > 0
+        )
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(transformers.T5ForConditionalGeneration, "forward", forward)
+        refused(
+            MachineError, "weights of a block are used outside it", exact(), folders["t5"], rows_for("t5"), tmp_path,
+            label="answer", memory=20_000,
+        )  # fmt: skip
 
 
 # The MLP of our own

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from mergeflow.checkpoint import Checkpoint
+    from mergeflow.checkpoint.statistics import Statistics
     from mergeflow.recipe.grammar import DataSource
 
 Write = Callable[[Mapping[str, "Tensor"], Mapping[str, bytes], Mapping[str, str]], None]
@@ -37,7 +38,8 @@ class StageJob:
 
     `model` is a local Hugging Face folder; `source` what `statistics.json` says of it; `data` what is read, its relative paths
     taken from `folder`; `only` patterns over the checkpoint's tensor names; `work` a scratch folder of this job alone; `memory`
-    the bytes that it may hold; `progress` is told what is being done, how many since it was last told, and of how many.
+    the bytes that it may hold; `progress` is told what is being done, how many since it was last told, and of how many; `known` are
+    artifacts of the same op, model and data with another `only`.
     """
 
     op: StatisticsOp
@@ -54,6 +56,7 @@ class StageJob:
     seed: int = 0
     progress: Callable[[str, int, int], None] = lambda what, done, total: None
     stop: threading.Event = field(default_factory=threading.Event)
+    known: tuple[Statistics, ...] = ()
 
     def check_stop(self) -> None:
         """Raises Interrupted where the run was asked to stop."""

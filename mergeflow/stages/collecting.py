@@ -19,17 +19,17 @@ import platform
 import shutil
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from mergeflow import __version__
-from mergeflow.checkpoint.statistics import STATISTICS, Codec, Facts, Kind, ModelNote, encode, stored
+from mergeflow.checkpoint.statistics import STATISTICS, Codec, Facts, Kind, ModelNote, Statistics, encode, stored
 from mergeflow.checkpoint.statistics import StageOp as OpNote
 from mergeflow.errors import InputError, NumericError, RecipeError
 from mergeflow.ops.statistics import Gram, StatisticsOp
 from mergeflow.settings import matches, places
-from mergeflow.stages import Predicted, StageJob, data, models, naming
+from mergeflow.stages import Predicted, StageJob, data, models, naming, reusing
 
 if TYPE_CHECKING:
     import torch
@@ -450,8 +450,12 @@ def run(job: StageJob) -> None:
 
     if job.data is None:
         raise RecipeError(f"{job.op.name} runs on data, and its node names none", fix="Add `data: NAME`.")
-    folder = models.open_folder(job.model)
-    examples = data.read_examples(job.data, job.folder, folder, job.op.max_length)
+    folder, source = models.open_folder(job.model), job.data
+    job = replace(job, known=reusing.usable(job, software()))
+    whole = reusing.covering(job.known, list(folder.checkpoint.tensors), job.only)
+    if whole is not None and _write_part(job, whole):
+        return
+    examples = data.read_examples(source, job.folder, folder, job.op.max_length)
     say(job, examples.counts)
     with threads(job.threads), torch.no_grad():
         way = walking.collect if walking.too_large(folder, job.memory) else _collect
@@ -561,6 +565,11 @@ def _collect(job: StageJob, folder: models.Folder, examples: data.Examples) -> C
     model = models.load_model(folder, job.device)
     settle(model, examples)
     names = naming.checked(naming.names_of(model, naming.shapes(folder.checkpoint)), model, folder.checkpoint)
+    return collect_with(job, examples, model, names)
+
+
+def collect_with(job: StageJob, examples: data.Examples, model: nn.Module, names: naming.Names) -> Collected:
+    """Collect with a model that can be run whole."""
     op, size = job.op, job.op.batch_size
     collector = Collector(model, names, kind_of(op), accumulator(op), job.device)
     first = next(iter(examples.batches(size, job.device)))
@@ -572,7 +581,7 @@ def _collect(job: StageJob, folder: models.Folder, examples: data.Examples) -> C
     kept = Kept(job.work / "groups")
     rows: dict[str, int] = {}
     tokens = 0
-    parts = list(passes(groups, kind_of(op), accumulator(op), job.memory))
+    parts = list(passes(taken(job, groups, kept, rows), kind_of(op), accumulator(op), job.memory))
     count = data.batches_of(len(examples.examples), size)
 
     def told() -> Iterator[Batch]:
@@ -588,6 +597,8 @@ def _collect(job: StageJob, folder: models.Folder, examples: data.Examples) -> C
     for part in parts:
         for name, moments in collector.measure(part, told(), lambda batch: forward(model, batch)).items():
             keep(kept, job.op, name, moments, rows)
+    if not parts:
+        tokens = data.tokens_in(examples.batches(size))
     return Collected(groups, rows, collector.lost, collector.transposed, len(collector.dropped), tokens, kept)
 
 
@@ -595,6 +606,19 @@ def keep(kept: Kept, op: StatisticsOp, name: str, moments: Moments, rows: dict[s
     """Put away what has been collected of a group."""
     kept.add(encode(kind_of(op), codec_of(op), name, moments.mean))
     rows[name] = moments.rows
+
+
+def taken(job: StageJob, groups: Sequence[Group], kept: Kept, rows: dict[str, int]) -> tuple[Group, ...]:
+    """Put away what the cache has of these groups; those that it has not."""
+    homes = {name: one for one in reversed(job.known) for name in one.facts.groups.values()}
+    for name in (group.name for group in groups if group.name in homes):
+        one = homes[name]
+        kept.add({tensor: naming.read_tensor(one, tensor) for tensor in one.names(name)})
+        rows[name] = one.facts.tokens.get(name, one.facts.n_tokens)
+    left = tuple(group for group in groups if group.name not in homes)
+    if len(left) < len(groups):
+        job.progress(f"taken from the cache: {len(groups) - len(left)} of {len(groups)} inputs", 0, 0)
+    return left
 
 
 def kind_of(op: StatisticsOp) -> Kind:
@@ -630,11 +654,7 @@ def _write(job: StageJob, examples: data.Examples, collected: Collected) -> None
             fix="Use more data: statistics of few tokens show what the tokens were.",
         )
     note = {
-        "source": job.data.path
-        if job.data and not Path(job.data.path).is_absolute()
-        else Path(job.data.path).name
-        if job.data
-        else "",
+        "source": data_label(job),
         "rows_left_out": counts.unusable,
         "texts_cut": counts.cut,
         "batches_dropped": collected.dropped,
@@ -659,6 +679,37 @@ def _write(job: StageJob, examples: data.Examples, collected: Collected) -> None
     )
     job.write(collected.kept, {STATISTICS: facts.encoded()}, metadata(op))
     shutil.rmtree(collected.kept.folder, ignore_errors=True)
+
+
+def data_label(job: StageJob) -> str:
+    """What statistics.json calls the data: a path as it was written, but for those of one machine alone."""
+    path = job.data.path if job.data else ""
+    return Path(path).name if Path(path).is_absolute() else path
+
+
+def _write_part(job: StageJob, whole: Statistics) -> bool:
+    """Write what is asked for out of an artifact that has it all; false where no layer is asked for, which a run can say."""
+    facts = whole.facts
+    weights = reusing.chosen(list(facts.groups), job.only)
+    if not weights:
+        return False
+    groups = {weight: group for weight, group in facts.groups.items() if weight in weights}
+    names = set(groups.values())
+    part = facts.model_copy(
+        update={
+            "model": ModelNote.model_validate(dict(job.source)),
+            "only": job.only,
+            "data": {**facts.data, "source": data_label(job)},
+            "groups": groups,
+            "tokens": {name: count for name, count in facts.tokens.items() if name in names},
+            "transposed": tuple(weight for weight in facts.transposed if weight in weights),
+            "skipped": skipped(facts.skipped, job.only),
+        }
+    )
+    job.progress(f"taken from the cache: {len(names)} of {len(names)} inputs", 0, 0)
+    tensors = reusing.Taken({tensor: whole for name in names for tensor in whole.names(name)})
+    job.write(tensors, {STATISTICS: part.encoded()}, metadata(job.op))
+    return True
 
 
 def metadata(op: StatisticsOp) -> dict[str, str]:

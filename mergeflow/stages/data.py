@@ -214,7 +214,7 @@ def _all_rows(source: DataSource, folder: Path, counts: Counts) -> Iterator[Row]
         )
     if not path.is_dir() and not path.is_file():
         raise InputError("is neither a file nor a folder", where=source.path, fix="Put its rows into a file.")
-    if path.is_dir() and (source.kind == "images" or source.kind is None):
+    if path.is_dir() and source.kind is None:
         files = sorted(file for file in path.rglob("*") if file.is_file() and file.suffix.lower() in KINDS)
         found = {KINDS[file.suffix.lower()] for file in files}
         if len(found) > 1:
@@ -309,7 +309,8 @@ def _csv(file: Path, root: Path, counts: Counts) -> Iterator[Row]:
                 else:
                     yield Row(where, fields)
         except csv.Error as error:
-            raise InputError(f"is not CSV: {error}", where=f"{file}:{reader.line_num}") from None
+            # Where the row begins: an open quote is seen at the end of the file alone.
+            raise InputError(f"is not CSV: {error}", where=f"{file}:{reader.line_num + 1}") from None
 
 
 @contextlib.contextmanager

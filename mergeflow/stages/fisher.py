@@ -21,18 +21,17 @@ from __future__ import annotations
 
 import contextlib
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
-from pathlib import Path
+from collections.abc import Callable, Iterable, Iterator, Mapping, Set
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal
 
-from mergeflow.checkpoint.statistics import PREFIX, STATISTICS, Facts, ModelNote
+from mergeflow.checkpoint.statistics import PREFIX, STATISTICS, Facts, ModelNote, Statistics
 from mergeflow.checkpoint.statistics import StageOp as OpNote
 from mergeflow.errors import InputError, Interrupted, NumericError, RecipeError
 from mergeflow.ops.draws import draw_key, uniform
 from mergeflow.ops.statistics import Estimator, FisherDiag, StatisticsOp
 from mergeflow.settings import matches, places
-from mergeflow.stages import Predicted, StageJob, collecting, data, models, naming
+from mergeflow.stages import Predicted, StageJob, collecting, data, models, naming, reusing
 
 if TYPE_CHECKING:
     import threading
@@ -57,6 +56,9 @@ CACHED = 4 << 20
 
 IN_PART = 32
 """Examples whose squares are summed in the model's dtype before they join the sums in float64."""
+
+BY_BATCH = ("batch_hard", "batch_sqrt")
+"""Estimators that square the gradients of whole batches."""
 
 UNFOLLOWED = "vmap cannot follow the model"
 
@@ -95,6 +97,7 @@ def fisher_diagonal(
     total: int | None = None,
     progress: Callable[[int], None] = lambda done: None,
     stop: threading.Event | None = None,
+    beside: int = 0,
 ) -> Diagonal:
     """The Fisher diagonal of a model's parameters over the examples of `batches`, in the model's dtype and on its device.
 
@@ -115,15 +118,28 @@ def fisher_diagonal(
     the number of examples (MergeLM, arXiv:2311.03099); squaring the sum leaves cross terms of the classes, too.
 
     Of each of the `batches`, up to `batch_size` examples of one length run together, as many as have gradients within `memory`
-    bytes. `wanted` chooses parameters by name; `total` is the number of examples, where known; `progress` is told of examples
-    done. Raises RecipeError for an estimator that does not go with the model, InputError for missing or unknown labels and for no
-    examples, NumericError where more than 0.1% of the examples have gradients that are NaN or infinite, Interrupted once `stop`
-    is set.
+    bytes. `wanted` chooses parameters by name, and `beside` are bytes of others that are known already: how gradients are come by
+    is decided by both, so that the result is that of a run over all of them. `total` is the number of examples, where known;
+    `progress` is told of examples done. Raises RecipeError for an estimator that does not go with the model, InputError for
+    missing or unknown labels and for no examples, NumericError where more than 0.1% of the examples have gradients that are NaN
+    or infinite, Interrupted once `stop` is set.
     """
-    found = _Run(model, task, estimator, samples, batch_size, seed, wanted, memory, total, progress, stop)
+    found = _Run(model, task, estimator, samples, batch_size, seed, wanted, memory, total, progress, stop, beside)
     for piece in found.pieces(batches):
         found.add(*piece)
     return found.result()
+
+
+def _way(gradient: int, estimator: Estimator, batch_size: int, memory: int, device: str) -> tuple[int, str | None]:
+    """How many examples run together, and why one after the other; `gradient` are the bytes of one example's."""
+    # Of each example the gradient, its square, and the sum of squares before and after.
+    room = memory // (4 * max(gradient, 1))
+    at_once = batch_size if estimator in BY_BATCH else max(1, min(batch_size, room))
+    if device == "cpu" and gradient > CACHED:
+        return at_once, f"gradients of {gradient:,} bytes leave a processor's cache, where it is the faster way"
+    if at_once == 1 < batch_size:
+        return at_once, f"the memory has room for one gradient of {gradient:,} bytes at a time"
+    return at_once, None
 
 
 @dataclass
@@ -139,6 +155,7 @@ class _Run:
     total: int | None
     progress: Callable[[int], None]
     stop: threading.Event | None
+    beside: int
     seen: int = 0
     tokens: int = 0
     dropped: int = 0
@@ -161,20 +178,15 @@ class _Run:
             name: one.detach() for name, one in named.items() if one.is_floating_point() and self.wanted(name)
         }
         self.sums = {name: torch.zeros_like(one, dtype=torch.float64) for name, one in self.parameters.items()}
-        gradient = sum(one.numel() * one.element_size() for one in self.parameters.values())
-        if not gradient:
+        if not any(one.numel() for one in self.parameters.values()):
             raise RecipeError("no parameter of the model is wanted", fix="Look at `only`.")
-        # Of each example the gradient, its square, and the sum of squares before and after.
-        self.at_once = self.batch_size if self.by_batch else max(1, min(self.batch_size, self.memory // (4 * gradient)))
-        if self.device.type == "cpu" and gradient > CACHED:
-            self.why_loop = f"gradients of {gradient:,} bytes leave a processor's cache, where it is the faster way"
-        elif self.at_once == 1 < self.batch_size:
-            self.why_loop = f"the memory has room for one gradient of {gradient:,} bytes at a time"
+        gradient = self.beside + sum(one.numel() * one.element_size() for one in self.parameters.values())
+        self.at_once, self.why_loop = _way(gradient, self.estimator, self.batch_size, self.memory, self.device.type)
 
     @property
     def by_batch(self) -> bool:
         """Whether gradients of whole batches are squared."""
-        return self.estimator in ("batch_hard", "batch_sqrt")
+        return self.estimator in BY_BATCH
 
     @property
     def device(self) -> torch.device:
@@ -635,14 +647,23 @@ def run(job: StageJob) -> None:
         raise RecipeError(f"{op.name} runs on data, and its node names none", fix="Add `data: NAME`.")
     folder = models.open_folder(job.model)
     task = _task(op, folder)
-    examples = data.read_examples(job.data, job.folder, folder, op.max_length)
+    source = job.data
+    job = replace(job, known=reusing.usable(job, collecting.software()))
+    if _write_part(job, op, folder):
+        return
+    examples = data.read_examples(source, job.folder, folder, op.max_length)
     collecting.say(job, examples.counts)
     with collecting.threads(job.threads):
         model = models.load_model(folder, job.device)
         collecting.settle(model, examples)
         names = naming.checked(naming.names_of(model, naming.shapes(folder.checkpoint)), model, folder.checkpoint)
         placed = _place(model, names, folder, job.only)
-        held = sum(one.numel() * (one.element_size() + 8) for one in model.parameters())
+        room = _room(model, job.memory)
+        homes = _known(job, placed, model, room)
+        missing = {parameter for name, parts in placed.tensors.items() if name not in homes for parameter, _ in parts}
+        wanted = missing or placed.parameters
+        if not missing:
+            homes = {}
         found = fisher_diagonal(
             model,
             _batches(examples, op.batch_size, job.device),
@@ -651,17 +672,82 @@ def run(job: StageJob) -> None:
             samples=op.samples,
             batch_size=op.batch_size,
             seed=job.seed,
-            wanted=placed.parameters.__contains__,
-            memory=max(job.memory - held, 0),
+            wanted=wanted.__contains__,
+            memory=room,
             total=len(examples.examples),
             progress=lambda done: job.progress("examples", done, len(examples.examples)),
             stop=job.stop,
+            beside=_gradient(model, placed.parameters - wanted),
         )
+        if found.dropped and homes:  # what is left out of one mean is left out of all
+            run(replace(job, known=()))
+            return
+        if homes:
+            job.progress(f"taken from the cache: {len(homes)} of {len(placed.tensors)} tensors", 0, 0)
         if found.dropped:
             job.progress(f"examples left out for NaN or infinite gradients: {found.dropped}", 0, 0)
         if UNFOLLOWED in found.gradients:
             job.progress(f"gradients of one example at a time, which is slow: {found.gradients}", 0, 0)
-        _write(job, op, examples, found, placed)
+        _write(job, op, examples, found, placed, homes)
+
+
+def _room(model: nn.Module, memory: int) -> int:
+    """Bytes for gradients beside the weights and the sums of squares."""
+    return max(memory - sum(one.numel() * (one.element_size() + 8) for one in model.parameters()), 0)
+
+
+def _gradient(model: nn.Module, parameters: Set[str]) -> int:
+    """Bytes of one example's gradient of these parameters."""
+    return sum(one.numel() * one.element_size() for name, one in model.named_parameters() if name in parameters)
+
+
+def _why_loop(job: StageJob, placed: _Placed, model: nn.Module, room: int) -> str | None:
+    """Why a run over all these parameters would take one example after the other."""
+    op, gradient = _checked(job.op), _gradient(model, placed.parameters)
+    return _way(gradient, op.estimator, op.batch_size, room, job.device.partition(":")[0])[1]
+
+
+def _known(job: StageJob, placed: _Placed, model: nn.Module, room: int) -> dict[str, Statistics]:
+    """The artifacts in the cache that have some of the diagonals, come by in the way in which this run would come by them."""
+    by_batch, why_loop = _checked(job.op).estimator in BY_BATCH, _why_loop(job, placed, model, room)
+    found: dict[str, Statistics] = {}
+    for one in job.known:
+        told = one.facts.data["gradients"]
+        if by_batch or told.startswith("vmap" if why_loop is None else "loop"):
+            found = {name: one for name in placed.tensors if _name(name) in one.tensors} | found
+    return found
+
+
+def _write_part(job: StageJob, op: FisherDiag, folder: models.Folder) -> bool:
+    """Write what is asked for out of an artifact in the cache that has it all; false where none has."""
+    whole = reusing.covering(job.known, list(folder.checkpoint.tensors), job.only)
+    if whole is None:
+        return False
+    empty = models.empty_model(folder)
+    placed = _place(empty, naming.names_of(empty, naming.shapes(folder.checkpoint)), folder, job.only)
+    placed = replace(
+        placed, tensors={name: parts for name, parts in placed.tensors.items() if _name(name) in whole.tensors}
+    )
+    placed = replace(placed, parameters=frozenset(one for parts in placed.tensors.values() for one, _ in parts))
+    room = _room(empty, job.memory)
+    homes = _known(replace(job, known=(whole,)), placed, empty, room)
+    if not homes:
+        return False
+    why_loop = _why_loop(job, placed, empty, room)
+    facts = whole.facts
+    told = facts.data["gradients"] if why_loop is None or op.estimator in BY_BATCH else f"loop ({why_loop})"
+    part = facts.model_copy(
+        update={
+            "model": ModelNote.model_validate(dict(job.source)),
+            "only": job.only,
+            "data": {**facts.data, "source": collecting.data_label(job), "gradients": told},
+            "skipped": collecting.skipped(facts.skipped, job.only),
+        }
+    )
+    job.progress(f"taken from the cache: {len(homes)} of {len(homes)} tensors", 0, 0)
+    tensors = reusing.Taken({_name(name): whole for name in homes})
+    job.write(tensors, {STATISTICS: part.encoded()}, collecting.metadata(op))
+    return True
 
 
 def predict(op: StatisticsOp, folder: models.Folder, only: tuple[str, ...] | None = None) -> Predicted:
@@ -763,7 +849,14 @@ def _assembled(parts: tuple[tuple[str, naming.Piece], ...], tensors: Mapping[str
     return (cut[0] if len(cut) == 1 else torch.cat(cut)).cpu().contiguous()
 
 
-def _write(job: StageJob, op: FisherDiag, examples: data.Examples, found: Diagonal, placed: _Placed) -> None:
+def _write(
+    job: StageJob,
+    op: FisherDiag,
+    examples: data.Examples,
+    found: Diagonal,
+    placed: _Placed,
+    homes: Mapping[str, Statistics],
+) -> None:
     """statistics.json, and the artifact."""
     where = job.data.path if job.data else ""
     if found.tokens < op.min_tokens:
@@ -778,7 +871,7 @@ def _write(job: StageJob, op: FisherDiag, examples: data.Examples, found: Diagon
         model=ModelNote.model_validate(dict(job.source)),
         only=job.only,
         data={
-            "source": Path(where).name if Path(where).is_absolute() else where,
+            "source": collecting.data_label(job),
             "rows_left_out": examples.counts.unusable,
             "texts_cut": examples.counts.cut,
             "examples_dropped": found.dropped,
@@ -790,5 +883,10 @@ def _write(job: StageJob, op: FisherDiag, examples: data.Examples, found: Diagon
         skipped=dict(placed.skipped),
         software=collecting.software(),
     )
-    tensors = {_name(name): _assembled(placed.tensors[name], found.tensors) for name in sorted(placed.tensors)}
+    tensors = {
+        _name(name): naming.read_tensor(homes[name], _name(name))
+        if name in homes
+        else _assembled(placed.tensors[name], found.tensors)
+        for name in sorted(placed.tensors)
+    }
     job.write(tensors, {STATISTICS: facts.encoded()}, collecting.metadata(op))

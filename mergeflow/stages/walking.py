@@ -2,17 +2,16 @@
 
 A decoder is a list of blocks, each of which reads what the one before gave. So the outputs of one block for all batches are
 kept (in the scratch folder where they are many), a block's weights are read from their files, all batches run through it, and
-it is dropped: every weight is read once, by plain reads and not through a map, whose pages could be dropped and read again.
+it is dropped: every weight is read once.
 
 The model's own forward makes what a block is given beside its input (masks, positions), whatever the family: all blocks but the
 one at work stand in as the identity, the one at work is given the kept input in place of its own, and the run ends behind it.
-So a walk computes what the whole model would, to the bit.
+So a walk computes what the whole model would, to the bit. A model that is no such list is run by mergeflow.stages.offloading.
 """
 
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -20,23 +19,14 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mergeflow.errors import MachineError
-from mergeflow.stages import collecting, data, models, naming
+from mergeflow.stages import collecting, data, models, naming, offloading
+from mergeflow.stages.filling import Filling, give_back
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from mergeflow.stages import StageJob
     from mergeflow.stages.data import Batch
-
-
-_libc = ctypes.CDLL(None)
-
-
-def _give_back() -> None:
-    """Give freed memory back to the system: malloc keeps it otherwise, and the next block's tensors may not fit its holes."""
-    if hasattr(_libc, "malloc_trim"):
-        _libc.malloc_trim(0)
 
 
 class _Done(Exception):
@@ -88,22 +78,14 @@ class _Outputs:
 
 
 @dataclass
-class Walker:
-    """A model on the meta device, whose blocks get their weights one at a time."""
+class Walker(Filling):
+    """A model whose blocks get their weights one at a time."""
 
-    model: nn.Module
-    folder: models.Folder
-    names: naming.Names
-    device: str
     outputs: _Outputs
-    stack: str = field(init=False)
-    blocks: Sequence[nn.Module] = field(init=False)
+    stack: str
+    blocks: Sequence[nn.Module]
     results: int | None = None
     """How many values a block gives; None where it gives one that stands alone. Known once one has run."""
-
-    def __post_init__(self) -> None:
-        self.stack, self.blocks = stack_of(self.model, self.folder)
-        self.dtype = models.compute_dtype(self.folder)
 
     @property
     def embedding(self) -> str:
@@ -122,60 +104,6 @@ class Walker:
     def outside(self) -> list[str]:
         """Parameters that stand in no block."""
         return [name for name, _ in self.model.named_parameters() if not name.startswith(f"{self.stack}.")]
-
-    def fill(self, names: Sequence[str]) -> None:
-        """Read these parameters. Raises MachineError for one whose tensors are changed on the way."""
-        from torch import nn
-
-        for name in names:
-            owner, _, last = name.rpartition(".")
-            module = self.model.get_submodule(owner)
-            before = module._parameters[last]
-            assert before is not None
-            pieces = self.names.pieces.get(name)
-            if not pieces:
-                raise MachineError(
-                    f"the model is larger than half the memory, and its parameter {name} cannot be read alone",
-                    where=str(self.folder.path),
-                    fix="Give it more --memory, so that all of the model is loaded.",
-                )
-            made = self._read(before, pieces)
-            self._put(before, nn.Parameter(made.to(self.device), requires_grad=False))
-
-    def _read(self, parameter: Tensor, pieces: Sequence[naming.Piece]) -> Tensor:
-        """A parameter's values, each tensor in its place."""
-        import torch
-
-        checkpoint = self.folder.checkpoint
-        (first, *others) = pieces
-        if not others and first.expert is None and checkpoint.tensors[first.tensor].shape == parameter.shape:
-            return naming.read_tensor(checkpoint, first.tensor).to(self.dtype)
-        made = torch.empty(parameter.shape, dtype=self.dtype)
-        for piece in pieces:
-            inside = made if piece.expert is None else made[piece.expert]
-            inside[piece.at : piece.at + piece.rows] = naming.read_rows(
-                checkpoint, piece.tensor, piece.start, piece.start + piece.rows
-            )
-        return made
-
-    def empty(self, names: Sequence[str]) -> None:
-        """Drop these parameters again."""
-        import torch
-        from torch import nn
-
-        for name in names:
-            owner, _, last = name.rpartition(".")
-            before = self.model.get_submodule(owner)._parameters[last]
-            assert before is not None
-            self._put(before, nn.Parameter(torch.empty_like(before, device="meta"), requires_grad=False))
-        _give_back()
-
-    def _put(self, before: nn.Parameter, after: nn.Parameter) -> None:
-        """One parameter in place of another, in every module that has it, so that tied ones stay tied."""
-        for module in self.model.modules():
-            for name, parameter in module._parameters.items():
-                if parameter is before:
-                    module._parameters[name] = after
 
     def inside(self, index: int) -> list[str]:
         """The parameters of a block."""
@@ -224,7 +152,7 @@ class Walker:
 
         with self._standing_in(index, work), contextlib.suppress(_Done):
             self._forward(batch, given)
-        _give_back()
+        give_back()
 
     def behind(self, batch: Batch, *, final: bool = True) -> None:
         """Run a batch through what comes after the blocks."""
@@ -242,8 +170,8 @@ def _first(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
     return found
 
 
-def stack_of(model: nn.Module, folder: models.Folder) -> tuple[str, Sequence[nn.Module]]:
-    """The list of blocks that holds most of a decoder's weights, and its name. Raises MachineError where there is none."""
+def stack_of(model: nn.Module, folder: models.Folder) -> tuple[str, Sequence[nn.Module]] | None:
+    """The list of blocks that holds most of a decoder's weights, and its name; None where there is none."""
     from torch import nn
 
     total = sum(parameter.numel() for parameter in model.parameters())
@@ -258,11 +186,7 @@ def stack_of(model: nn.Module, folder: models.Folder) -> tuple[str, Sequence[nn.
                 inside = sum(parameter.numel() for parameter in module.parameters())
                 if 2 * (inside + table.weight.numel()) > total and len({type(block) for block in module}) == 1:
                     return name, list(module)
-    raise MachineError(
-        f"the model is larger than half the memory, and {folder.architecture} cannot be run block by block",
-        where=str(folder.path),
-        fix="Give it more --memory.",
-    )
+    return None
 
 
 def collect(job: StageJob, folder: models.Folder, examples: data.Examples) -> collecting.Collected:
@@ -271,8 +195,11 @@ def collect(job: StageJob, folder: models.Folder, examples: data.Examples) -> co
     model = models.empty_model(folder, buffers=True)
     collecting.settle(model, examples)
     names = naming.names_of(model, naming.shapes(folder.checkpoint))
+    stack = stack_of(model, folder)
+    if stack is None:
+        return offloading.collect(job, folder, examples, model, names)
     outputs = _Outputs(job.work / "outputs", job.memory // 8)
-    walker = Walker(model, folder, names, job.device, outputs)
+    walker = Walker(model, folder, names, job.device, outputs, *stack)
     kind, dtype = collecting.kind_of(op), collecting.accumulator(op)
     collector = collecting.Collector(model, names, kind, dtype, job.device)
     wanted = collector.wanted(job.only)
@@ -296,7 +223,7 @@ def collect(job: StageJob, folder: models.Folder, examples: data.Examples) -> co
 
     def measure(run: Callable[..., None]) -> None:
         here = collecting.chosen(collector.learn(lambda: run(first, final=False)), job.only)
-        parts = list(collecting.passes(here, kind, dtype, job.memory)) or [()]
+        parts = list(collecting.passes(collecting.taken(job, here, kept, rows), kind, dtype, job.memory)) or [()]
         for part in parts:
             final = part is parts[-1]
             found = collector.measure(part, told(), partial(run, final=final))
