@@ -25,8 +25,8 @@ from prepare import parts_of, prepare
 RECIPE = Path(__file__).parent / "merge.yaml"
 MERGES = {
     "simple": "the mean of the five (`linear`)",
-    "fisher": "`fisher`",
-    "fisher_l2": "`fisher`, normalize model_l2",
+    "fisher_raw": "`fisher`, as the diagonals are",
+    "fisher": "`fisher`, normalize model_l2",
     "regmean": "`regmean`, alpha 0.9",
     "regmean99": "`regmean`, alpha 0.99",
     "few": "`regmean`, alpha 0.9, ten images an expert",

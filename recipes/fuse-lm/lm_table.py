@@ -34,25 +34,25 @@ WAYS = {
 }
 
 
-def fuse(work: Path, out: Path, seed: int, *more: str) -> None:
-    """`mergeflow run`: all ways of training."""
+def fuse(recipe: Path, work: Path, out: Path, seed: int, *more: str) -> None:
+    """`mergeflow run`: all that a recipe makes."""
     settings = ("--set", f"work={work.resolve()}", "--set", f"seed={seed}")
-    commands.command("run", str(RECIPE), "-o", str(out), *settings, *more)
+    commands.command("run", str(recipe), "-o", str(out), *settings, *more)
 
 
-def measured(work: Path, out: Path) -> dict[str, list[float]]:
+def measured(work: Path, out: Path, ways: Iterable[str] = WAYS) -> dict[str, list[float]]:
     """Bits per byte of each model in each domain."""
     files = [work / "data" / f"test-{domain}.jsonl" for domain in DOMAINS]
-    folders = {**{name: work / "models" / name for name in MODELS}, **{name: out / name for name in WAYS}}
+    folders = {**{name: work / "models" / name for name in MODELS}, **{name: out / name for name in ways}}
     return {name: commands.measures("bits_per_byte", folder, files) for name, folder in folders.items()}
 
 
-def table(found: Sequence[Mapping[str, Sequence[float]]]) -> Iterable[str]:
-    """The table of the measurements of several seeds, line by line."""
+def table(found: Sequence[Mapping[str, Sequence[float]]], ways: Mapping[str, str] = WAYS) -> Iterable[str]:
+    """The table of the measurements of several seeds, line by line; the way `plain` is what others are held against."""
     plain = [statistics.fmean(one["plain"]) for one in found]
     yield "| model | code | prose | mean | against plain training | better on | t | p |"
     yield "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |"
-    for name, words in {**MODELS, **WAYS}.items():
+    for name, words in {**MODELS, **ways}.items():
         domains = [statistics.fmean(one[name][at] for one in found) for at in range(len(DOMAINS))]
         means = [statistics.fmean(one[name]) for one in found]
         cells = "".join(f" {value:.4f} |" for value in [*domains, statistics.fmean(means)])
@@ -65,9 +65,9 @@ def table(found: Sequence[Mapping[str, Sequence[float]]]) -> Iterable[str]:
         yield f"| {words} |{cells} {gain:+.2%} | {better} of {len(found)} | {t:.1f} | {p:.1g} |"
 
 
-def main() -> None:
+def main(description: str | None = __doc__, recipe: Path = RECIPE, ways: Mapping[str, str] = WAYS) -> None:
     """Read the command line, make what is not there, and print the table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", nargs="?", type=Path, default=Path(__file__).parent / "work")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2, 3, 4])
     options = parser.parse_args()
@@ -76,9 +76,12 @@ def main() -> None:
         work = options.folder / f"seed-{seed}"
         if not (work / "models").exists():
             prepare(work, seed=seed)
-        fuse(work, work / "fused", seed)
-        found.append(measured(work, work / "fused"))
-        print("\n".join([f"Bits per byte of files that no model has seen, {len(found)} seeds:", "", *table(found), ""]))
+        out = work / recipe.parent.name
+        fuse(recipe, work, out, seed)
+        found.append(measured(work, out, ways))
+        print(
+            f"Bits per byte of files that no model has seen, {len(found)} seeds:", "", *table(found, ways), "", sep="\n"
+        )
 
 
 if __name__ == "__main__":

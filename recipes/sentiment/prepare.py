@@ -150,9 +150,11 @@ def prepare(folder: Path, packages: Path, seed: int, *, rows: int = 1000, epochs
     models = {"base": base.eval()}
     for number, domain in enumerate(TRAINED, start=1):
         models[domain] = fine_tune(copy.deepcopy(base), tokenizer, parts[domain][0], 10 * seed + number, epochs)
+    unfinished = folder / "models-unfinished"
     for name, model in models.items():
-        model.save_pretrained(folder / "models" / name)
-        tokenizer.save_pretrained(folder / "models" / name)
+        model.save_pretrained(unfinished / name)
+        tokenizer.save_pretrained(unfinished / name)
+    unfinished.rename(folder / "models")
 
 
 def main() -> None:

@@ -3,7 +3,7 @@
 Usage: table.py [FOLDER] [--seeds 0 1 2]    (default: work/ beside this file; minutes a seed, and 86 MB to fetch once)
 
 `prepare.py` fetches and trains, `mergeflow run merge.yaml` collects the statistics and merges, `mergeflow eval` measures on
-texts of the three domains, and of a fourth that no model was trained on.
+texts of the three domains, and of a fourth that no model was trained on. Models that are in FOLDER already are not trained again.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ MERGES = {
     "simple": "the mean of the three (`linear`)",
     "fisher": "`fisher`, normalize model_l2",
     "regmean": "`regmean`, alpha 0.9",
+    "regmean_pp": "`regmean_pp`, alpha 0.9",
 }
 
 
@@ -46,7 +47,8 @@ def main() -> None:
     found = []
     for seed in options.seeds:
         work = options.folder / f"seed-{seed}"
-        prepare(work, options.folder / "packages", seed)
+        if not (work / "models").exists():
+            prepare(work, options.folder / "packages", seed)
         merge(work, work / "merged")
         found.append(measured(work, work / "merged"))
     print(f"Accuracy on texts that no model was trained on; mean over the seeds {options.seeds}:\n")

@@ -79,7 +79,7 @@ def test_an_input_that_changes_while_it_is_read_gives_no_wrong_tensor(
             outcomes["exit 3 with the file's name"] += 1
         path.write_bytes(kept)
         os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))  # a plan goes by it
-        ended = trials(*argv, "--fresh")
+        ended = trials(*argv, "--fresh", "--force")
         assert ended.code == 0 and files_of(target) == right, ended.said
     assert outcomes["exit 3 with the file's name"] > times / 3, outcomes
     told = ", ".join(f"{count}: {what}" for what, count in outcomes.most_common())
