@@ -393,7 +393,13 @@ def test_a_plan_says_what_a_fuse_takes_and_refuses_a_disk_that_cannot_hold_it(
     (told,) = json.loads(call("plan", str(path), "--json").out)["stages"]
     count = sum(one.numel() for one in weights(here / "start").values())
     captured, checkpoint, result = 2 * 64 * 3 * 4, 12 * count, 4 * count
-    assert told["needs"] == {"disk": captured + checkpoint + result, "memory": 16 * count, "seconds": 0.0}
+    assert told["needs"] == {
+        "disk": captured + checkpoint + result,
+        "memory": 16 * count,
+        "seconds": 0.0,
+        "rows": None,
+        "tokens": None,
+    }
     assert "of memory beside activations" in call("plan", str(path)).out
     monkeypatch.setattr(preparing, "free_bytes", lambda path: 1000)
     words = call("plan", str(path)).err
