@@ -2,10 +2,11 @@
 
 Usage: fuse.py [--tokens 8000] [--work FOLDER]
 
-Alignment in tokens a second on one thread; the time of a capture (32 likeliest tokens) against plain passes of the same model over
-the same batches; a training step, and its peak of memory, against one of plain training in the same loop; the bytes that a
-capture of 10 likeliest tokens takes. Times are the least of several rounds in which both sides take turns, so that what else the
-machine does counts little. Models are random (12 million parameters, 8,192 and 6,144 ids) and texts Python's own library.
+Alignment in tokens a second on one thread; the time of a capture (32 likeliest tokens) against plain passes of the same model
+over the same batches; a training step, and its peak of memory, against one of plain training in the same loop; the bytes that a
+capture of 10 likeliest tokens takes. Times are seconds of the processor on one thread, the least of several rounds in which
+both sides take turns, so that what else the machine does counts little. Models are random (12 million parameters, 8,192 and
+6,144 ids) and texts Python's own library.
 """
 
 from __future__ import annotations
@@ -78,13 +79,13 @@ def job_of(work: Path, **parts: Any) -> FuseJob:
 
 
 def least(*sides: Callable[[], object]) -> list[float]:
-    """The least seconds of each side, which take turns."""
+    """The least seconds of the processor for each side, which take turns."""
     found = [float("inf")] * len(sides)
     for _ in range(ROUNDS):
         for index, side in enumerate(sides):
-            began = time.perf_counter()
+            began = time.process_time()
             side()
-            found[index] = min(found[index], time.perf_counter() - began)
+            found[index] = min(found[index], time.process_time() - began)
     return found
 
 
@@ -191,6 +192,7 @@ def main() -> None:
     parser.add_argument("--train", help=argparse.SUPPRESS)
     options = parser.parse_args()
     transformers.logging.set_verbosity_error()
+    torch.set_num_threads(1)
     if options.train:
         print(own_peak(trainer(options.work, options.train)))
         return

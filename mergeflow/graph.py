@@ -190,11 +190,14 @@ class Stacked:
 
 @dataclass(frozen=True, slots=True)
 class Needs:
-    """About what a stage takes: bytes on the cache's disk, bytes of memory beside activations, and seconds."""
+    """About what a stage takes: bytes on the cache's disk, bytes of memory beside activations, and seconds; and of the data the
+    rows and tokens, where these were counted."""
 
     disk: int
     memory: int
     seconds: float
+    rows: int | None = None
+    tokens: int | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -471,10 +471,10 @@ def _run_stages(
     foresee = _foresee(device, allow_pickle)
     opened = open_models(recipe, allow_pickle)
     # What headers can show is said before hours of collecting, not after.
-    plan(recipe, device=device, allow_pickle=allow_pickle)
+    made = plan(recipe, device=device, allow_pickle=allow_pickle)
     memory = memory or max(total_memory() // 4, LEAST_MEMORY)
     if device == "cpu":
-        check_memory(recipe, prepare(recipe, opened, foresee=foresee, device=device).stages, memory)
+        check_memory(recipe, made.stages, memory)
     with _signals() as stop:
 
         def materialise(asked: Recipe, node: str, folder: Path) -> None:
@@ -874,7 +874,10 @@ def foresee(
     It samples the models that are averaged (mergeflow.comparing.sample): beside headers the one thing that is read. Raises what a run
     would raise before it reads weights, a disk that is too small included.
     """
-    made = _with_sample(plan(recipe, out=out, device=device, allow_pickle=allow_pickle))
+    made = plan(recipe, out=out, device=device, allow_pickle=allow_pickle)
+    if device == "cpu":
+        check_memory(recipe, made.stages, memory or max(total_memory() // 4, LEAST_MEMORY))
+    made = _with_sample(made)
     budget = Budget.of(made, memory, threads)
     free = free_bytes(out)
     if free < made.bytes_out:

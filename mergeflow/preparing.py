@@ -42,7 +42,7 @@ from mergeflow.errors import (
     RecipeError,
     did_you_mean,
 )
-from mergeflow.graph import Made, Needs, Plan, Row, Shard
+from mergeflow.graph import Made, Needs, Plan, PlannedStage, Row, Shard
 from mergeflow.hub import SMALL_FILE, LocalFolder, is_local, locate
 from mergeflow.layout import Tensor as PlacedTensor
 from mergeflow.layout import lay_out
@@ -476,9 +476,12 @@ def _foreseen(
     try:
         with contextlib.ExitStack() as stack:
             folders = [stack.enter_context(_skeleton(model)) for model in models]
+            made: Checkpoint
             if isinstance(stage.op, StatisticsOp):
-                return _foreseen_statistics(stage, stage.op, folders[0]), None
-            return _foreseen_model(stage, folders, models[0]), _needs(recipe, stage, folders, device)
+                made = _foreseen_statistics(stage, stage.op, folders[0])
+            else:
+                made = _foreseen_model(stage, folders, models[0])
+            return made, _needs(recipe, stage, folders, made, device)
     except MergeflowError as error:
         raise error.placed(recipe.where(stage.node.path)) from None
 
@@ -505,19 +508,24 @@ def _foreseen_model(stage: Stage, folders: Sequence[Path], first: Checkpoint | P
     )
 
 
-def _needs(recipe: Recipe, stage: Stage, folders: Sequence[Path], device: str) -> Needs | None:
-    """What a fuse takes. What the cache holds may be part of it, so a disk is too small only where that would not do either."""
+def _needs(recipe: Recipe, stage: Stage, folders: Sequence[Path], made: Checkpoint, device: str) -> Needs | None:
+    """What a stage takes. What the cache holds may be part of it, so a disk is too small only where that would not do either."""
     data = stage.data[0]
-    if not isinstance(stage.op, Fuse) or data is None:
+    if data is None or not isinstance(stage.op, Fuse | StatisticsOp):
         return None
-    from mergeflow.stages import models
+    from mergeflow.stages import foreseeing, models
     from mergeflow.stages.data import local_path
     from mergeflow.stages.fuse import estimating
 
     if local_path(data, recipe.folder) is None:
         return None  # a plan fetches no data
-    target, *sources = (models.open_folder(folder) for folder in folders)
-    found = estimating.needs(stage.op, target, sources, estimating.sizes(data, recipe.folder), device)
+    first, *others = (models.open_folder(folder) for folder in folders)
+    rows = estimating.sizes(data, recipe.folder)
+    if isinstance(stage.op, Fuse):
+        found = estimating.needs(stage.op, first, others, rows, device)
+    else:
+        assert isinstance(made, Statistics)
+        found = foreseeing.needs(stage.op, first, made, rows, device)
     free = free_bytes(cache.root()) + sum(entry.size for entry in cache.entries())
     if found.disk > free:
         raise MachineError(
@@ -527,14 +535,16 @@ def _needs(recipe: Recipe, stage: Stage, folders: Sequence[Path], device: str) -
     return found
 
 
-def check_memory(recipe: Recipe, stages: Sequence[Stage], memory: int) -> None:
+def check_memory(recipe: Recipe, stages: Sequence[PlannedStage], memory: int) -> None:
     """Raises MachineError for a stage that takes more memory than there may be."""
     for stage in stages:
         if not stage.done and stage.needs is not None and stage.needs.memory > memory:
+            node = recipe.nodes[stage.node]
+            smaller = ", or a smaller target" if isinstance(node.op, Fuse) else ""
             raise MachineError(
                 f"takes {stage.needs.memory:,} bytes of memory beside activations, and may take {memory:,}",
-                where=recipe.where(stage.node.path),
-                fix="Give it more --memory, or a smaller target.",
+                where=recipe.where(node.path),
+                fix=f"Give it more --memory{smaller}.",
             )
 
 

@@ -127,8 +127,9 @@ def _needs_text(needs: Mapping[str, Any] | None) -> str:
     """What making a stage takes, as words; empty where that is not known."""
     if needs is None:
         return ""
+    of = "" if needs["rows"] is None else f" for {needs['rows']:,} rows of about {needs['tokens']:,} tokens in all"
     return (
-        f"\n{'':<27} about {needs['seconds']:g} s, {size_text(needs['disk'])} of disk, "
+        f"\n{'':<27} about {needs['seconds']:g} s{of}, {size_text(needs['disk'])} of disk, "
         f"{size_text(needs['memory'])} of memory beside activations"
     )
 

@@ -933,6 +933,7 @@ def test_nan_activations_are_an_error_over_a_thousandth_of_the_batches(tmp_path:
     refused(NumericError, "batch 233 have NaN", exact(), model, bad, tmp_path)
     found = collected(Gram(codec="float32", batch_size=1), model, bad, tmp_path)
     assert found.facts.data["batches_dropped"] == 1 and found.facts.n_tokens == 1201
+    assert "batches left out for NaN or Inf: 1" in found.said
     assert {found.rows(weight) for weight in found.facts.groups} == {1200}
     wanted = collected(Gram(codec="float32", batch_size=1), model, rows, tmp_path)
     assert all(torch.equal(found.tensors[name], wanted.tensors[name]) for name in wanted.tensors)

@@ -12,11 +12,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from mergeflow.errors import InputError, Interrupted, NumericError, RecipeError
+from mergeflow.errors import InputError, Interrupted, MachineError, NumericError, RecipeError
 from mergeflow.ops.statistics import FisherDiag
 from mergeflow.recipe.grammar import DataSource
 from mergeflow.stages import StageJob, predict, run_stage
-from mergeflow.stages.fisher import Batch, Diagonal, fisher_diagonal
+from mergeflow.stages.fisher import Batch, Diagonal, bytes_beside, fisher_diagonal
 
 D, C, N = 6, 5, 24
 
@@ -535,6 +535,27 @@ def test_only_keeps_a_stage_to_some_tensors(digits: Path) -> None:
     assert facts["only"] == ["blocks.1.*"]
     with pytest.raises(RecipeError, match="names no parameter"):
         run_on(digits / "mlp", told, digits / "work", only=("decoder.*",))
+
+
+@pytest.mark.parametrize("estimator", ["expected", "sampled", "batch_hard"])
+def test_parameters_that_do_not_fit_the_memory_together_are_done_in_several_passes(
+    digits: Path, estimator: str
+) -> None:
+    told = {"path": "rows.jsonl", "features": "x", "label": "y"}
+    whole, facts = run_on(digits / "mlp", told, digits / "work", estimator=estimator)
+    totals: set[int] = set()
+    weights = sum(4 * one.numel() for one in whole.values())
+    largest = max(one.numel() for one in whole.values()) * bytes_beside(4)
+    cut, told_too = run_on(
+        digits / "mlp", told, digits / "work", estimator=estimator, memory=weights + largest,
+        progress=lambda what, done, total: totals.add(total),
+    )  # fmt: skip
+    assert max(totals) >= 3 * N
+    assert cut.keys() == whole.keys()
+    assert all(torch.allclose(cut[name], whole[name], rtol=1e-5, atol=1e-9) for name in whole)
+    assert (facts["n_examples"], facts["n_tokens"]) == (told_too["n_examples"], told_too["n_tokens"])
+    with pytest.raises(MachineError, match=r"takes [\d,]+ bytes for the weights.*--memory"):
+        run_on(digits / "mlp", told, digits / "work", estimator=estimator, memory=weights + largest - 1)
 
 
 def test_the_rows_of_another_label_space_are_refused(digits: Path) -> None:

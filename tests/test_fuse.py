@@ -20,7 +20,7 @@ from test_stages import DATA, mlp, rows, weights, write_recipe
 from toys import call, environment
 
 from mergeflow import pipeline, preparing
-from mergeflow.errors import InputError, MachineError, NumericError, RecipeError
+from mergeflow.errors import InputError, Interrupted, MachineError, NumericError, RecipeError
 from mergeflow.graph import Needs
 from mergeflow.ops.fuse import Fuse, Fusion, Loss, Source, Train
 from mergeflow.recipe import load_recipe
@@ -233,6 +233,29 @@ def test_a_training_that_was_killed_goes_on_and_ends_in_the_same_bytes(
     assert [json.loads(line)["step"] for line in lines] == list(range(1, 13))
 
 
+def test_a_training_that_is_stopped_writes_a_checkpoint_and_goes_on_from_that_step(
+    here: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run(here, "whole")
+    monkeypatch.setenv("MERGEFLOW_CACHE", str(tmp_path / "other"))
+    steps: list[float] = []
+    note = training._State.note
+
+    def noted(self: training._State, values: Mapping[str, float]) -> None:
+        note(self, values)
+        steps.append(values["step"])
+        if len(steps) == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(training._State, "note", noted)
+    with pytest.raises(Interrupted, match="Run the same command again to go on from here"):
+        run(here)
+    assert not (here / "out").exists()
+    run(here)
+    assert steps == list(range(1, 13)), "no step is made twice"
+    assert (here / "out/model.safetensors").read_bytes() == (here / "whole/model.safetensors").read_bytes()
+
+
 def test_a_capture_that_was_killed_goes_on_and_a_torn_shard_is_not_believed(
     here: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -364,6 +387,17 @@ def relabel(folder: Path, **config: Any) -> None:
     (folder / "config.json").write_text(json.dumps({**given, **config}))
 
 
+def test_a_row_of_nan_in_a_thousand_is_left_out_and_counted(here: Path) -> None:
+    lines = rows(here / "rows.jsonl", 1000).read_text().splitlines(keepends=True)
+    settings = {"batch_size": 64, "train": {**FUSED["train"], "epochs": 1, "batch_size": 64}}
+    run(here, "without", **settings)
+    (here / "rows.jsonl").write_text("".join([*lines[:500], json.dumps({"features": [3e38] * 6}) + "\n", *lines[500:]]))
+    told = call("run", "recipe.yaml", "-o", "out", "--threads", "1")
+    assert told.code == 0 and "rows with NaN or Inf, left out: 1" in told.err, told.err
+    for name, one in weights(here / "without").items():
+        assert torch.allclose(one, weights(here / "out")[name], atol=1e-5), name
+
+
 def test_labels_are_matched_by_name_or_by_the_map(here: Path) -> None:
     for name, labels in {"a": ("cat", "dog", "cow"), "start": ("cow", "cat", "dog"), "b": ("c", "d", "k")}.items():
         relabel(here / name, id2label=dict(enumerate(labels)))
@@ -393,7 +427,13 @@ def test_a_plan_says_what_a_fuse_takes_and_refuses_a_disk_that_cannot_hold_it(
     (told,) = json.loads(call("plan", str(path), "--json").out)["stages"]
     count = sum(one.numel() for one in weights(here / "start").values())
     captured, checkpoint, result = 2 * 64 * 3 * 4, 12 * count, 4 * count
-    assert told["needs"] == {"disk": captured + checkpoint + result, "memory": 16 * count, "seconds": 0.0}
+    assert told["needs"] == {
+        "disk": captured + checkpoint + result,
+        "memory": 16 * count,
+        "seconds": 0.0,
+        "rows": None,
+        "tokens": None,
+    }
     assert "of memory beside activations" in call("plan", str(path)).out
     monkeypatch.setattr(preparing, "free_bytes", lambda path: 1000)
     words = call("plan", str(path)).err

@@ -659,6 +659,10 @@ def test_what_is_wrong_with_a_gram_is_said_where_it_is_named(tmp_path: Path) -> 
     xs = write_models(tmp_path, 16, 12, 200)
     write_gram(tmp_path, "b", inputs_like(1, 200, 12, 1.0), "packed32")
     assert "the Gram is for 12 input channels, and 'l.0.w.weight' has 16" in refusal(tmp_path)
+    before = {path.name for path in tmp_path.iterdir()}
+    with pytest.raises(MergeflowError, match="12 input channels"):
+        run_regmean(tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == before, "nothing is left half-written"
     write_gram(tmp_path, "b", xs["b"], "packed32", turned=True)
     assert "is stored (in, out) in one model and (out, in) in another" in refusal(tmp_path)
     write_gram(tmp_path, "b", xs["b"], "packed32")
@@ -697,6 +701,20 @@ def test_lints_say_what_little_data_and_coarse_codecs_bear(tmp_path: Path) -> No
     assert "`alpha: 0.9`" in said and "ridge" in said and "`solver: lstsq`" in said
     found = run_regmean(tmp_path, alpha=1.0, solver="lstsq")
     assert torch.isfinite(found["l.0.w.weight"]).all()
+
+
+def test_an_expert_without_tokens_in_one_model_takes_the_mean_with_a_warning(tmp_path: Path) -> None:
+    write_models(tmp_path, 16, 12, 200)
+    write_gram(tmp_path, "b", torch.zeros(1, 16), "packed32", n_tokens=0)
+    warned = "\n".join(plan(regmean_recipe(tmp_path)).warnings)
+    assert "1 matrices saw no token in some input" in warned
+    assert "tokens a dimension" not in warned
+    a, b = (weights_of(tmp_path / name)["l.0.w.weight"] for name in "ab")
+    for alpha in (0.5, 1.0):
+        found = run_regmean(tmp_path, alpha=alpha)["l.0.w.weight"]
+        assert torch.allclose(found, (a + b) / 2, atol=1e-6)
+    others = run_regmean(tmp_path, others={"model": "a"}, only="l.*")["l.0.w.weight"]
+    assert torch.equal(others, a)
 
 
 def test_an_alpha_by_rules_holds_where_it_says(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -697,6 +698,85 @@ def test_a_plan_says_which_stages_would_run_and_which_are_in_the_cache(here: Pat
     text = call("plan", str(path)).out
     assert any(line.split()[:5] == ["in", "cache", "gram_a", "gram", "of"] for line in text.splitlines())
     assert any(line.split()[:4] == ["runs", "gram_b", "gram", "of"] for line in text.splitlines())
+
+
+def test_a_plan_says_where_a_stage_runs_on_how_much_and_what_it_takes(here: Path) -> None:
+    fisher = {"op": "fisher_diag", "model": "a", "data": "more"}
+    data = {**DATA, "more": {"path": "./more.jsonl", "limit": 40, "label": "label"}}
+    path = write_recipe(here, {"gram": {**GRAM, "only": "blocks.*"}, "fisher": fisher}, data=data,
+                        outputs={"g": {"node": "gram"}, "f": {"node": "fisher"}})  # fmt: skip
+    told = json.loads(call("plan", str(path), "--json").out)
+    needs = {one["node"]: one["needs"] for one in told["stages"]}
+    assert told["device"] == "cpu"
+    assert [(needs[node]["rows"], needs[node]["tokens"]) for node in ("gram", "fisher")] == [(64, 64), (40, 40)]
+    parameters = (6 * 8 + 3 * 8) + (8 * 8 + 3 * 8) + (3 * 8 + 3)
+    assert needs["gram"]["memory"] == 4 * (parameters + 8 * 8)
+    assert needs["fisher"]["memory"] == 4 * parameters + 8 * 8 * (8 + 2 * 4)
+    pipeline.run(load_recipe(path), "out")
+    for name, node in (("g", "gram"), ("f", "fisher")):
+        written = sum(one.numel() * one.element_size() for one in weights(here / "out" / name).values())
+        assert written <= needs[node]["disk"] <= 2 * written
+    rows(here / "rows.jsonl", 63)
+    text = call("plan", str(path)).out
+    assert "for 63 rows of about 63 tokens in all" in text
+    assert "threads, on cpu" in text
+
+
+def test_a_stage_that_cannot_fit_the_memory_is_refused_before_a_weight_is_read(
+    here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = write_recipe(here, {"gram": GRAM})
+    with monkeypatch.context() as patch:
+        patch.setattr("mergeflow.stages.foreseeing._of_collecting", lambda *_: 10**12)
+        for words in (["plan", str(path)], ["run", str(path), "-o", "out", "-q"]):
+            called = call(*words)
+            assert called.code == 5, called.err
+            assert "takes 1,000,000,000,000 bytes of memory" in called.err
+            assert "recipe.yaml:" in called.err
+            assert "--memory" in called.err
+    assert left_over(here) == []
+    assert call("run", str(path), "-o", "out", "-q").code == 0
+
+
+def test_a_plan_of_texts_counts_their_tokens_about(here: Path) -> None:
+    pytest.importorskip("transformers")
+    from mergeflow.ops.statistics import Gram
+    from mergeflow.stages import foreseeing, models
+    from tests.test_collecting import saved
+
+    folder = models.open_folder(saved(here / "llama", "llama"))
+    # A token of 64 has 1.5 characters; none is longer than the context of 24.
+    assert foreseeing.tokens_of(Gram(), folder, [3, 6, 1000]) == 2 + 4 + 24
+    assert foreseeing.tokens_of(Gram(max_length=3), folder, [3, 6, 1000]) == 2 + 3 + 3
+
+
+def test_a_tied_head_is_the_mean_as_its_embedding_is(here: Path) -> None:
+    pytest.importorskip("transformers")
+    from mergeflow.stages import models
+    from tests.test_collecting import llama, saved
+
+    with models.quietly():
+        for seed, name in enumerate("ab"):
+            shutil.rmtree(here / name)
+            torch.manual_seed(seed)
+            saved(here / name, "llama", llama(tie_word_embeddings=True))
+            state = weights(here / name)
+            save_file(
+                {n: t + 0.1 * seed for n, t in state.items()}, here / name / "model.safetensors", {"format": "pt"}
+            )
+        for data in ("rows", "more"):
+            (here / f"{data}.jsonl").write_text(
+                "".join(f'{{"text": "w{i} w{i + 1} w{i + 3}"}}\n' for i in range(4, 50))
+            )
+        result = pipeline.run(recipe(), "out")
+    a, b, merged = (weights(here / name) for name in ("a", "b", "out"))
+    assert result.rows == len(merged) == len(a)
+    assert "lm_head.weight" not in merged
+    table, query = "model.embed_tokens.weight", "model.layers.0.self_attn.q_proj.weight"
+    assert torch.allclose(merged[table], (a[table] + b[table]) / 2, atol=1e-6)
+    assert merged.keys() == a.keys()
+    assert all(torch.isfinite(one).all() for one in merged.values())
+    assert not torch.equal(merged[query], a[query])
 
 
 def test_a_run_says_which_stages_it_made_and_which_it_found(here: Path) -> None:

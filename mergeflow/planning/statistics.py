@@ -213,6 +213,15 @@ class RegmeanTable(StatedTable):
         super().__init__(planner, node)
         self.reference = self._reference()
 
+    def _acts(self, place: Place, tensor: StoredTensor) -> bool:
+        """Where every input has a Gram, and of some token at least."""
+        return super()._acts(place, tensor) and not self._idle(place.name)
+
+    def _idle(self, name: str) -> bool:
+        """Whether a Gram saw no token, as that of an expert to which none was routed: it would leave all to the other inputs."""
+        found = ((table, self.stored(index, name)) for index, table in enumerate(self.statistics))
+        return any(table is not None and table.has(own) and not table.checkpoint.n_tokens(own) for table, own in found)
+
     def _reference(self) -> int | None:
         word = self.op.reference
         if word == "mean":
@@ -301,11 +310,14 @@ class RegmeanTable(StatedTable):
 
     def _lint(self) -> None:
         """No Gram where one might be, few tokens, and what a coarse codec bears."""
-        lacking, few, worst = 0, 0, (1.0, 0, 0)
+        lacking, idle, few, worst = 0, 0, 0, (1.0, 0, 0)
         coarse: set[str] = set()
         for name, tensor in self.tensors.items():
             place = self.places[name]
             if not super(StatedTable, self)._acts(place, tensor) or tensor.dtype.kind != "float":
+                continue
+            if self._idle(name):
+                idle += 1
                 continue
             if not self._acts(place, tensor):
                 lacking += place.layers is not None and not place.vocab
@@ -323,6 +335,10 @@ class RegmeanTable(StatedTable):
                     coarse.add(table.facts.codec)
         if lacking:
             self._warn(f"{lacking} matrices in the layers lack a Gram from some input, and take `others`")
+        if idle:
+            self._warn(
+                f"{idle} matrices saw no token in some input, as an expert to which none is routed, and take `others`"
+            )
         if few:
             share, n, d = worst
             self._warn(

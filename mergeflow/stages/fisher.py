@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from mergeflow.checkpoint.statistics import PREFIX, STATISTICS, Facts, ModelNote, Statistics
 from mergeflow.checkpoint.statistics import StageOp as OpNote
-from mergeflow.errors import InputError, Interrupted, NumericError, RecipeError
+from mergeflow.errors import InputError, Interrupted, MachineError, NumericError, RecipeError
 from mergeflow.ops.draws import draw_key, uniform
 from mergeflow.ops.statistics import Estimator, FisherDiag, StatisticsOp
 from mergeflow.settings import matches, places
@@ -658,27 +658,12 @@ def run(job: StageJob) -> None:
         collecting.settle(model, examples)
         names = naming.checked(naming.names_of(model, naming.shapes(folder.checkpoint)), model, folder.checkpoint)
         placed = _place(model, names, folder, job.only)
-        room = _room(model, job.memory)
-        homes = _known(job, placed, model, room)
+        homes = _known(job, placed, model, _room(model, job.memory))
         missing = {parameter for name, parts in placed.tensors.items() if name not in homes for parameter, _ in parts}
-        wanted = missing or placed.parameters
+        wanted = frozenset(missing or placed.parameters)
         if not missing:
             homes = {}
-        found = fisher_diagonal(
-            model,
-            _batches(examples, op.batch_size, job.device),
-            task=task,
-            estimator=op.estimator,
-            samples=op.samples,
-            batch_size=op.batch_size,
-            seed=job.seed,
-            wanted=wanted.__contains__,
-            memory=room,
-            total=len(examples.examples),
-            progress=lambda done: job.progress("examples", done, len(examples.examples)),
-            stop=job.stop,
-            beside=_gradient(model, placed.parameters - wanted),
-        )
+        found = _in_passes(job, op, task, examples, model, placed.parameters, wanted)
         if found.dropped and homes:  # what is left out of one mean is left out of all
             run(replace(job, known=()))
             return
@@ -689,6 +674,76 @@ def run(job: StageJob) -> None:
         if UNFOLLOWED in found.gradients:
             job.progress(f"gradients of one example at a time, which is slow: {found.gradients}", 0, 0)
         _write(job, op, examples, found, placed, homes)
+
+
+def _in_passes(
+    job: StageJob,
+    op: FisherDiag,
+    task: Task,
+    examples: data.Examples,
+    model: nn.Module,
+    parameters: frozenset[str],
+    wanted: frozenset[str],
+) -> Diagonal:
+    """The diagonals of the parameters that are wanted, of those that are asked for, in as many passes as the memory takes."""
+    passes = _passes(job, model, wanted)
+    results = []
+    for part in passes:
+        results.append(
+            fisher_diagonal(
+                model,
+                _batches(examples, op.batch_size, job.device),
+                task=task,
+                estimator=op.estimator,
+                samples=op.samples,
+                batch_size=op.batch_size,
+                seed=job.seed,
+                wanted=part.__contains__,
+                memory=_room(model, job.memory),
+                total=len(examples.examples),
+                progress=lambda done: job.progress("examples", done, len(examples.examples) * len(passes)),
+                stop=job.stop,
+                beside=_gradient(model, parameters - part),
+            )
+        )
+        if len(passes) > 1 and results[-1].dropped:
+            raise MachineError(
+                "an example has NaN or infinite gradients, and the memory has no room for those of all parameters at once, "
+                "which would tell what to leave out",
+                fix="Give it more --memory, or leave the example out.",
+            )
+    return replace(results[0], tensors={name: one for found in results for name, one in found.tensors.items()})
+
+
+def bytes_beside(width: int) -> int:
+    """Bytes for each element of a parameter whose diagonal is computed: its sum in float64, its gradient, and squares."""
+    return 8 + 2 * width
+
+
+def _passes(job: StageJob, model: nn.Module, wanted: frozenset[str]) -> list[frozenset[str]]:
+    """Parameters cut into runs that fit the memory beside the weights. Raises MachineError where one does not fit."""
+    named = {name: one for name, one in model.named_parameters()}
+    if job.device != "cpu":
+        return [wanted]
+    weights = sum(one.nbytes for one in named.values())
+    room = job.memory - weights
+    parts: list[set[str]] = []
+    held = room + 1
+    for name, one in named.items():
+        if name not in wanted:
+            continue
+        size = one.numel() * bytes_beside(one.element_size())
+        if size > room:
+            raise MachineError(
+                f"takes {weights:,} bytes for the weights and {size:,} for the squares of {name}, and may take {job.memory:,}",
+                fix="Give it more --memory: gradients need all weights at once.",
+            )
+        if held + size > room:
+            parts.append(set())
+            held = 0
+        parts[-1].add(name)
+        held += size
+    return [frozenset(part) for part in parts]
 
 
 def _room(model: nn.Module, memory: int) -> int:

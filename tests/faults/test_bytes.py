@@ -99,6 +99,7 @@ def test_a_changed_byte_of_the_journal_or_of_what_it_speaks_of_never_reaches_an_
         content = bytearray(path.read_bytes())
         content[chance.randrange(len(content))] ^= 1 << chance.randrange(8)
         path.write_bytes(bytes(content))
+        os.utime(path, (0, 0))  # a claim that now names another host would live for a minute
         ended = trials(*argv, "--json")
         if ended.code == 2:  # the head of the journal speaks of another plan, or the claim is no claim
             assert "--fresh" in ended.said, ended.said
@@ -287,11 +288,9 @@ def test_no_hostile_path_is_opened(part: int, tmp_path: Path, trials: Trials, re
         assert ended.code in (0, 2, 3), (what, ended)
         opened = [one.text for one in calls if str(tmp_path / "secret") in one.text or "/etc/passwd" in one.text]
         assert not opened, (what, opened)
-        written = [one.text for one in calls if "O_CREAT" in one.text and str(parent) not in one.text]
-        assert not [text for text in written if "/dev/null" not in text and "/tmp/mergeflow-" not in text], (
-            what,
-            written,
-        )
+        allowed = (str(parent), str(trials.folder), "/dev/null", "/tmp/mergeflow-")
+        written = [one.text for one in calls if "O_CREAT" in one.text and not any(at in one.text for at in allowed)]
+        assert not written, (what, written)
         assert ended.said.replace("\n", "").isprintable(), (what, ended.said)
         if ended.code == 0:  # what is beside weights, and not inside, is left out
             assert not (parent / "out" / "tokenizer.json").exists(), what

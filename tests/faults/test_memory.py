@@ -24,31 +24,37 @@ import os, sys, json
 with open(sys.argv[1] + "/cgroup.procs", "w") as file:
     file.write(str(os.getpid()))
 sys.path.insert(0, sys.argv[4])
-import torch
-from mergeflow import load_recipe, run, plan
+from mergeflow import load_recipe, run
+memory = int(sys.argv[5])
+run(load_recipe(sys.argv[6]), sys.argv[3] + ".small", memory=memory, threads=2)  # so that all is loaded that a run needs
 recipe = load_recipe(sys.argv[2])
-plan(recipe)
 print("ready", flush=True)
 sys.stdin.readline()
-run(recipe, sys.argv[3], memory=int(sys.argv[5]), threads=2)
+run(recipe, sys.argv[3], memory=memory, threads=2)
 """
+
+
+def recipe_over_zeros(folder: Path, op: str, rows: int, columns: int, layers: int) -> Path:
+    """A recipe over models of zeros, which take no room on disk."""
+    names = "abcd"[:INPUTS]
+    for name in names:
+        shapes = {f"layers.{i}.w": (rows, columns) for i in range(layers)}
+        save_zeros(folder / name / "model.safetensors", shapes, "BF16", 2)
+    base = {} if op == "linear" else {"base": "a"}
+    node = {"op": op, "inputs": list(names[len(base) :]), **base}
+    models = {name: f"./{name}" for name in names}
+    (folder / "r.yaml").write_text(json.dumps({"recipe": 1, "models": models, "nodes": {"m": node}}))
+    return folder / "r.yaml"
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("op", ["linear", "ties"])
 def test_eight_gibibytes_are_merged_within_one(op: str, tmp_path: Path, record: Any) -> None:
-    names = "abcd"[:INPUTS]
-    rows = 1 << 15
-    shapes = {f"layers.{i}.w": (rows, EACH // 2 // 32 // rows) for i in range(32)}
-    for name in names:
-        save_zeros(tmp_path / name / "model.safetensors", shapes, "BF16", 2)
-    models = {name: f"./{name}" for name in names}
-    base = {} if op == "linear" else {"base": "a"}
-    node = {"op": op, "inputs": list(names[len(base) :]), **base}
-    (tmp_path / "r.yaml").write_text(json.dumps({"recipe": 1, "models": models, "nodes": {"m": node}}))
-    budget = pipeline.Budget.of(plan(load_recipe(tmp_path / "r.yaml")), 256 * MIB, 2)
+    recipe = recipe_over_zeros(tmp_path / "large", op, 1 << 15, EACH // 2 // 32 >> 15, 32)
+    small = recipe_over_zeros(tmp_path / "small", op, 1 << 10, 256, 2)
+    budget = pipeline.Budget.of(plan(load_recipe(recipe)), 256 * MIB, 2)
     with memory_group(LIMIT) as group:
-        words = [sys.executable, "-c", CODE, group, tmp_path / "r.yaml", tmp_path / "out", ROOT, 256 * MIB]
+        words = [sys.executable, "-c", CODE, group, recipe, tmp_path / "out", ROOT, 256 * MIB, small]
         process = subprocess.Popen(
             [str(word) for word in words],
             stdin=subprocess.PIPE,

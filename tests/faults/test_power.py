@@ -98,7 +98,7 @@ def test_after_a_power_cut_what_has_a_manifest_is_whole(
         shutil.rmtree(target)
         old = None
         if number % 2:  # over an output of another plan
-            assert trials("run", large / "recipe.yaml", "-o", target, "--set", "density=0.9").code == 0
+            shutil.copytree(large / "old", target)
             old = files_of(target)
         os.sync()
 

@@ -38,6 +38,7 @@ SOON = (400_000, 0.01)
 SERVER = """
 import json, os, sys, time
 sys.path.insert(0, {root!r})
+sys.dont_write_bytecode = True  # a trial writes nothing but its output
 import torch
 torch.set_num_threads(1)
 import mergeflow, mergeflow.pipeline, mergeflow.executing, mergeflow.publishing, mergeflow.locking
@@ -132,6 +133,16 @@ def kill(process: int) -> None:
         os.kill(process, signal.SIGKILL)
 
 
+def handles(process: int, sign: int) -> bool:
+    """Whether a process takes a signal up itself, as a run does from when it claims its target; so does one that has ended."""
+    try:
+        status = Path(f"/proc/{process}/status").read_text()
+    except OSError:
+        return True
+    caught = re.search(r"^SigCgt:\s*(\w+)$", status, re.MULTILINE)
+    return caught is None or bool(int(caught[1], 16) >> (sign - 1) & 1)
+
+
 # What is merged
 
 
@@ -164,9 +175,11 @@ def recipe_at(folder: Path, shard_size: str) -> Path:
 
 
 def large_at(folder: Path) -> Path:
-    """Three models of 12 MB, a recipe of three shards, and its output in `right`."""
+    """Three models of 12 MB, a recipe of three shards, and its outputs in `right` and (of another plan) `old`."""
     models_at(folder, {f"layers.{i}.w": (200, 1000) for i in range(30)})
-    run(load_recipe(recipe_at(folder, "5MB")), folder / "right", threads=1)
+    recipe = recipe_at(folder, "5MB")
+    run(load_recipe(recipe), folder / "right", threads=1)
+    run(load_recipe(recipe, settings={"density": 0.9}), folder / "old", threads=1)
     return folder
 
 

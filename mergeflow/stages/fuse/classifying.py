@@ -277,7 +277,10 @@ def lessons(job: FuseJob, target: models.Folder, sources: Sequence[models.Folder
     picked = [one.logits[[own[example.where] for example in shared]] for one, own in zip(given, at, strict=True)]
     good = torch.stack([torch.isfinite(one).all(1) for one in picked]).all(0)
     rows = [example for example, keep in zip(shared, good.tolist(), strict=True) if keep]
-    lost = len(examples.examples) - len(rows)
-    if lost:
-        job.progress(f"rows that some model cannot read, left out: {lost}", 0, 0)
+    for count, why in (
+        (len(examples.examples) - len(shared), "rows that some model cannot read"),
+        (len(shared) - len(rows), "rows with NaN or Inf"),
+    ):
+        if count:
+            job.progress(f"{why}, left out: {count}", 0, 0)
     return Classes(op, examples, rows, teacher(op, [one[good] for one in picked]), seed, job.device)
