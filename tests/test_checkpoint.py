@@ -234,6 +234,15 @@ def test_a_file_that_cannot_be_chosen_says_why(tmp_path: pathlib.Path, file: str
     assert text in str(caught.value)
 
 
+def test_an_index_that_names_a_tensor_twice_is_an_error(tmp_path: pathlib.Path) -> None:
+    """JSON keeps the last of two: what the first stood for would be dropped without a word."""
+    sharded(tmp_path)
+    path = tmp_path / "model.safetensors.index.json"
+    path.write_text(path.read_text().replace('"a":', '"c":'))
+    with pytest.raises(InputError, match=r"index\.json: has the key 'c' twice\. The file cannot be trusted"):
+        opened(tmp_path)
+
+
 def test_a_config_that_is_no_object_is_an_error(tmp_path: pathlib.Path) -> None:
     save_file({"w": torch.ones(1)}, tmp_path / "model.safetensors")
     (tmp_path / "config.json").write_text("[1]")

@@ -19,7 +19,15 @@ from typing import Any
 from blake3 import blake3
 
 from mergeflow.checkpoint.pickles import PICKLES, mark, read_pickle
-from mergeflow.checkpoint.safetensors import LARGEST_HEADER, StoredTensor, encode_header, header_end, parse_header
+from mergeflow.checkpoint.safetensors import (
+    LARGEST_HEADER,
+    DuplicateKey,
+    StoredTensor,
+    encode_header,
+    header_end,
+    parse_header,
+    unique,
+)
 from mergeflow.errors import InputError, MergeflowError, RecipeError, raise_all
 from mergeflow.hub import Folder, HubFolder, Progress, place_of
 
@@ -239,11 +247,15 @@ def _listed(names: Iterable[str], most: int = 5) -> str:
     return ", ".join(shown[:most]) + more
 
 
-def read_json(folder: Folder, name: str) -> Any:
-    """A JSON file of a folder. Raises InputError when it cannot be read as JSON."""
+def read_json(folder: Folder, name: str, *, once: bool = False) -> Any:
+    """A JSON file of a folder. Raises InputError when it cannot be read as JSON, and with `once` for a key that stands twice."""
     where = place_of(folder, name)
     try:
-        return json.loads(folder.read(name).decode("utf-8-sig"))
+        return json.loads(folder.read(name).decode("utf-8-sig"), object_pairs_hook=unique if once else None)
+    except DuplicateKey as error:
+        raise InputError(
+            f"has the key '{str(error)[:80]}' twice", where=where, fix="The file cannot be trusted; fetch it again."
+        ) from None
     except (ValueError, RecursionError) as error:
         reason = "it is nested too deeply" if isinstance(error, RecursionError) else str(error)
         raise InputError(f"is not JSON: {reason}", where=where, fix="Fetch or copy the file again.") from None
@@ -252,7 +264,7 @@ def read_json(folder: Folder, name: str) -> Any:
 def _read_index(folder: Folder, name: str) -> dict[str, str]:
     """The weight map of an index: tensor name -> file name below `folder`, each entry checked."""
     where = place_of(folder, name)
-    index = read_json(folder, name)
+    index = read_json(folder, name, once=True)
     entries = index.get("weight_map") if isinstance(index, dict) else None
     if not isinstance(entries, dict) or not entries:
         raise InputError("has no weight_map", where=where, fix="Is it the index of a sharded model?")

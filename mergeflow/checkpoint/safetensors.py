@@ -55,8 +55,8 @@ class StoredTensor:
         return math.prod(self.shape) if self.strides else (self.end - self.begin) // self.dtype.size
 
 
-class _Duplicate(ValueError):
-    """A JSON object with the same key twice."""
+class DuplicateKey(ValueError):
+    """A JSON object with the same key twice; the text is the key."""
 
 
 def header_end(first: bytes, file_size: int, where: str) -> int:
@@ -140,9 +140,13 @@ def _decode(text: bytes, where: str) -> dict[str, Any]:
         words = text.decode("utf-8")
         header = read(words) if b"\\" not in text else None
         if not isinstance(header, dict) or text.count(b'"') != 2 * _strings(header):
-            header = read(words, object_pairs_hook=_unique)
-    except _Duplicate as error:
-        raise InputError(str(error), where=where, fix="The file cannot be trusted; write it again.") from None
+            header = read(words, object_pairs_hook=unique)
+    except DuplicateKey as error:
+        raise InputError(
+            f"has the name '{error}' twice in its header",
+            where=where,
+            fix="The file cannot be trusted; write it again.",
+        ) from None
     except (ValueError, RecursionError) as error:
         reason = "it is nested too deeply" if isinstance(error, RecursionError) else str(error)
         raise InputError(f"has a header that cannot be read: {reason}", where=where, fix=AGAIN) from None
@@ -157,12 +161,13 @@ def _strings(header: Mapping[str, Any]) -> int:
     return 5 * len(header) + (2 * len(notes) - 4 if isinstance(notes, dict) else 0)
 
 
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """What `object_pairs_hook` of json takes for an object whose keys may stand only once. Raises DuplicateKey."""
     found = dict(pairs)
     if len(found) != len(pairs):
         seen: set[str] = set()
         name = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
-        raise _Duplicate(f"has the name '{name}' twice in its header")
+        raise DuplicateKey(name)
     return found
 
 
