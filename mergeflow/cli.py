@@ -891,7 +891,7 @@ class _Progress:
         self.what = ""
         self.bar: Any = None
         self.done = self.total = 0
-        self.started = self.spoke = time.monotonic()
+        self.started = self.spoke = self.seen = time.monotonic()
 
     def __enter__(self) -> Self:
         return self
@@ -918,9 +918,10 @@ class _Progress:
             self.say(printable(what))
             return
         name, _, note = what.partition(", ")
+        now = time.monotonic()
         if (name, total) != (self.what, self.total):
             self.close()
-            self.what, self.done, self.total, self.started = name, 0, total, time.monotonic()
+            self.what, self.done, self.total, self.started = name, 0, total, self.seen  # what is told of now began then
             if self.terminal:
                 from tqdm import tqdm
 
@@ -934,12 +935,13 @@ class _Progress:
                     mininterval=0.2,
                 )
         self.done += done
+        self.seen = now
         if self.bar is not None:
             if note:
                 self.bar.set_postfix_str(note, refresh=False)
             self.bar.update(done)
-        elif not self.terminal and time.monotonic() - self.spoke > self.LINE_SECONDS:
-            self.spoke = now = time.monotonic()
+        elif not self.terminal and now - self.spoke > self.LINE_SECONDS:
+            self.spoke = now
             speed = self.done / max(now - self.started, 1e-9)
             left = (self.total - self.done) / speed if speed else 0.0
             amounts = [self._amount(count) for count in (self.done, self.total, speed)]

@@ -28,6 +28,7 @@ from blake3 import blake3
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from mergeflow import __version__, pipeline
+from mergeflow.checkpoint.safetensors import DuplicateKey, unique
 from mergeflow.errors import InputError, RecipeError, printable, raise_all
 from mergeflow.fingerprints import STANDARD_ERROR, Fingerprint, Fingerprinting, drift
 from mergeflow.graph import Plan
@@ -125,7 +126,7 @@ def read_lock(path: Path) -> Lock:
         if path.stat().st_size > LARGEST_LOCK:
             raise InputError("is too large for a lock", where=str(path), fix=fix)
         raw = path.read_bytes()
-        json.loads(raw, object_pairs_hook=_once)
+        json.loads(raw, object_pairs_hook=unique)
         found = Lock.model_validate_json(raw)
         for one in found.tensors.values():
             _ = one.fingerprint
@@ -142,16 +143,10 @@ def read_lock(path: Path) -> Lock:
         raise InputError(f"is no lock: {at}: {first['msg']}", where=str(path), fix=fix) from None
     except json.JSONDecodeError as error:
         raise InputError(f"is no lock: {error.msg}", where=f"{path}:{error.lineno}:{error.colno}", fix=fix) from None
+    except DuplicateKey as error:
+        raise InputError(f"is no lock: '{error}' stands there twice", where=str(path), fix=fix) from None
     except (ValueError, RecursionError) as error:
         raise InputError(f"is no lock: {error}", where=str(path), fix=fix) from None
-
-
-def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        names = [name for name, _ in pairs]
-        raise ValueError(f"{next(name for name in names if names.count(name) > 1)!r} stands there twice")
-    return found
 
 
 def write_lock(made: Lock, path: Path) -> None:

@@ -1,7 +1,8 @@
-"""recipes/fuse-classifiers: merges that their experts teach are better than the merges, measured through the public commands."""
+"""recipes/fuse-classifiers and fuse-lm: models that others teach are better than without, measured through the public commands."""
 
 from __future__ import annotations
 
+import contextlib
 import statistics
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -15,17 +16,24 @@ import torch
 ROOT = Path(__file__).parent.parent
 
 
+@contextlib.contextmanager
+def imported(module: str, *folders: str) -> Iterator[ModuleType]:
+    """A script of the recipes, on one thread."""
+    paths = [str(ROOT / "recipes" / name) for name in (*folders, "quickstart")]
+    threads = torch.get_num_threads()
+    sys.path[:0] = paths
+    torch.set_num_threads(1)
+    yield import_module(module)
+    for path in paths:
+        sys.path.remove(path)
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture(scope="module")
 def scripts() -> Iterator[ModuleType]:
-    """The script that makes the table."""
-    folders = [str(ROOT / "recipes" / name) for name in ("fuse-classifiers", "digits", "quickstart")]
-    threads = torch.get_num_threads()
-    sys.path[:0] = folders
-    torch.set_num_threads(1)
-    yield import_module("fuse_table")
-    for folder in folders:
-        sys.path.remove(folder)
-    torch.set_num_threads(threads)
+    """The script that makes the table of the classifiers."""
+    with imported("fuse_table", "fuse-classifiers", "digits") as module:
+        yield module
 
 
 def measured(
@@ -53,3 +61,23 @@ def test_the_surest_source_is_better_than_the_start_on_each_seed(scripts: Module
     assert min(gains) > 0 and statistics.fmean(gains) >= 0.03, gains
     assert all(one["mean_surest"] > one["mean_avg"] for one in found)
     assert all(one["regmean_surest"] > one["regmean_avg"] for one in found)
+
+
+@pytest.mark.slow
+def test_a_language_model_learns_from_two_teachers_and_not_from_wrong_ones(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One seed of the table in recipes/fuse-lm, whose README has five."""
+    monkeypatch.setenv("MERGEFLOW_CACHE", str(tmp_path / "cache"))
+    with imported("lm_table", "fuse-lm") as lm_table:
+        lm_table.prepare(tmp_path, seed=0)
+        lm_table.fuse(lm_table.RECIPE, tmp_path, tmp_path / "out", 0)
+        domains = lm_table.measured(tmp_path, tmp_path / "out")
+    for own, teacher in enumerate(("code", "prose")):
+        assert domains[teacher][own] < domains["base"][own], "there is something to learn"
+        assert domains[teacher][1 - own] > domains["base"][1 - own], "and a choice to make"
+    bits = {name: statistics.fmean(found) for name, found in domains.items()}
+    assert bits["soft_ce"] < 0.992 * bits["plain"]
+    assert bits["alm"] < 0.995 * bits["plain"]
+    assert max(bits["soft_ce_10"], bits["fusellm"]) < bits["plain"]
+    assert bits["plain"] < bits["worse_teacher"] < bits["shuffled_teacher"], "the gain is of what the teachers say"

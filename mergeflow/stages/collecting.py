@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from mergeflow.stages.data import Batch
 
 MOST_DROPPED = 1e-3
-"""The part of batches that may have a NaN or Inf."""
+"""The part of batches, examples, rows or documents that may have a NaN or Inf in what a model gives for them."""
 
 Site = tuple[str, int | None]
 """A parameter that multiplies an input, by its first name in the model; with the number of the expert, if it has many."""

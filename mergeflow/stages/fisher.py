@@ -62,9 +62,6 @@ BY_BATCH = ("batch_hard", "batch_sqrt")
 
 UNFOLLOWED = "vmap cannot follow the model"
 
-MOST_DROPPED = 0.001
-"""Share of examples whose gradients may be NaN or infinite."""
-
 
 @dataclass(frozen=True)
 class Diagonal:
@@ -285,7 +282,7 @@ class _Run:
         )
 
     def _refuse_dropped(self, of: int | None) -> None:
-        if of is not None and self.dropped > MOST_DROPPED * of:
+        if of is not None and self.dropped > collecting.MOST_DROPPED * of:
             raise NumericError(
                 f"the gradients of {self.dropped} of {self.seen} examples are NaN or infinite",
                 fix="At most 0.1% may be: look at the model's weights, and whether it runs in float32.",

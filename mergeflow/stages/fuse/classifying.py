@@ -151,7 +151,7 @@ def _capture(job: FuseJob, folder: models.Folder, dtype: str, what: str, path: P
     for start in range(0, total, EXAMPLES_A_SHARD):
         part = examples.examples[start : start + EXAMPLES_A_SHARD]
         if shards.has(_shard(start)):
-            job.progress(f"capture {what}", len(part), total)
+            job.progress(f"capture rows of {what}", len(part), total)
             continue
         if model is None:
             model = models.load_model(folder, job.device).to(getattr(torch, dtype))
@@ -161,7 +161,7 @@ def _capture(job: FuseJob, folder: models.Folder, dtype: str, what: str, path: P
             job.check_stop()
             batch = examples.batch(part[begin : begin + job.op.batch_size], device=job.device)
             found.append(logits(model, batch, dtype).float().cpu())
-            job.progress(f"capture {what}", len(batch.examples), total)
+            job.progress(f"capture rows of {what}", len(batch.examples), total)
         whole = torch.cat(found)
         good = torch.isfinite(whole).all(1)
         whole[~good] = torch.nan
@@ -224,6 +224,8 @@ def teacher(op: Fuse, given: Sequence[Tensor]) -> Tensor:
 
 class Classes(Lessons):
     """Rows, and what the teacher says of each: KL(teacher || softmax(f(x) / T)), the mean over the rows of a step."""
+
+    DOCUMENTS = TOKENS = "rows"
 
     def __init__(self, op: Fuse, examples: data.Examples, rows: Sequence[data.Example], said: Tensor, seed: int,
                  device: str) -> None:  # fmt: skip

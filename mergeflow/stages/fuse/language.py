@@ -149,7 +149,7 @@ class _Kept:
                     vocab=reader.size,
                     batch_tokens=batch,
                     device=job.device,
-                    progress=lambda done, total: job.progress(f"capture {what}", done, total),
+                    progress=lambda done, total: job.progress(f"capture tokens of {what}", done, total),
                     check_stop=job.check_stop,
                     **settings,
                 )

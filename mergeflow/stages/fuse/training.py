@@ -47,6 +47,11 @@ class Step:
 class Lessons(ABC):
     """What a model is trained on."""
 
+    DOCUMENTS = "documents"
+    """What its data is made of, in the words of progress."""
+    TOKENS = "tokens"
+    """What the sizes of its steps count, in the same words."""
+
     @property
     @abstractmethod
     def tokens(self) -> int:
@@ -89,7 +94,7 @@ def train(model: nn.Module, lessons: Lessons, course: Course) -> list[dict[str, 
     optimiser = _optimiser(model, course.settings)
     state = _State(model, optimiser, course.work)
     metrics = state.load()
-    told = _Told(course.progress, sum(step.documents for _, step in steps))
+    told = _Told(course.progress, lessons, sum(step.documents for _, step in steps))
     told.skip(sum(step.documents for _, step in steps[: len(metrics)]))
     devices = [torch.device(course.device)] if course.device != "cpu" else []
     with torch.random.fork_rng(devices), torch.enable_grad(), _means(course) as means:
@@ -251,20 +256,21 @@ def _means(course: Course) -> Iterator[_Means]:
 class _Told:
     """Progress: documents since it was last told, with tokens a second and the loss in the words."""
 
-    def __init__(self, progress: Callable[[str, int, int], None], total: int) -> None:
+    def __init__(self, progress: Callable[[str, int, int], None], lessons: Lessons, total: int) -> None:
         self.progress, self.total = progress, total
+        self.what, self.unit = f"train on {lessons.DOCUMENTS}", lessons.TOKENS
         self.start, self.tokens = time.monotonic(), 0
 
     def skip(self, documents: int) -> None:
         """What an earlier run has done."""
         if documents:
-            self.progress("train", documents, self.total)
+            self.progress(self.what, documents, self.total)
 
     def __call__(self, step: Step, loss: float) -> None:
         """One step more."""
         self.tokens += step.tokens
         rate = self.tokens / max(time.monotonic() - self.start, 1e-9)
-        self.progress(f"train, loss {loss:.4f}, {rate:,.0f} tokens/s", step.documents, self.total)
+        self.progress(f"{self.what}, loss {loss:.4f}, {rate:,.0f} {self.unit}/s", step.documents, self.total)
 
 
 class _State:
