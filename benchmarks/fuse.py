@@ -1,12 +1,12 @@
 """What a fuse of language models costs beside what it is made of, on this machine, in one run.
 
-Usage: fuse.py [--tokens 8000] [--work FOLDER]
+Usage: fuse.py [--tokens 8000] [--work FOLDER] [--source-ids 6144]
 
 Alignment in tokens a second on one thread; the time of a capture (32 likeliest tokens) against plain passes of the same model
 over the same batches; a training step, and its peak of memory, against one of plain training in the same loop; the bytes that a
 capture of 10 likeliest tokens takes. Times are seconds of the processor on one thread, the least of several rounds in which
 both sides take turns, so that what else the machine does counts little. Models are random (12 million parameters, 8,192 and
-6,144 ids) and texts Python's own library.
+6,144 ids) and texts Python's own library. `--source-ids 50000` gives the source a vocabulary as large as published models have.
 """
 
 from __future__ import annotations
@@ -42,17 +42,19 @@ CONTEXT = 512
 ROUNDS = 3
 
 
-def prepare(work: Path, tokens: int) -> None:
+def prepare(work: Path, tokens: int, source_ids: int) -> None:
     """Write two random models with their tokenizers, and texts of about so many tokens."""
     texts = [piece for pieces in prepare_lm.parts().values() for piece in pieces]
     texts = [texts[at] for at in np.random.default_rng(0).permutation(len(texts))]
-    for name, size in SIZES.items():
+    for name, size in (SIZES | {"source": source_ids}).items():
         torch.manual_seed(size)
         config = transformers.GPT2Config(
             vocab_size=size, n_positions=CONTEXT, n_embd=320, n_layer=8, n_head=5, bos_token_id=0, eos_token_id=0,
             resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0,
         )  # fmt: skip
-        prepare_lm.save(transformers.GPT2LMHeadModel(config), prepare_lm.tokenizer(texts[:4000], size), work / name)
+        prepare_lm.save(
+            transformers.GPT2LMHeadModel(config), prepare_lm.tokenizer(texts[: max(4000, size)], size), work / name
+        )
     chosen, length = [], 0
     for text in texts:
         if length < 3 * tokens:
@@ -189,6 +191,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokens", type=int, default=8_000)
     parser.add_argument("--work", type=Path)
+    parser.add_argument("--source-ids", type=int, default=SIZES["source"])
     parser.add_argument("--train", help=argparse.SUPPRESS)
     options = parser.parse_args()
     transformers.logging.set_verbosity_error()
@@ -199,7 +202,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         work = options.work or Path(folder)
         if not (work / "texts.jsonl").exists():
-            prepare(work, options.tokens)
+            prepare(work, options.tokens, options.source_ids)
         print(f"alignment        {alignment(work)}", flush=True)
         print(f"capture          {capture(work)}", flush=True)
         print(f"training step    {steps(work)} of plain training", flush=True)

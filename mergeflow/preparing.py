@@ -510,22 +510,25 @@ def _foreseen_model(stage: Stage, folders: Sequence[Path], first: Checkpoint | P
 
 def _needs(recipe: Recipe, stage: Stage, folders: Sequence[Path], made: Checkpoint, device: str) -> Needs | None:
     """What a stage takes. What the cache holds may be part of it, so a disk is too small only where that would not do either."""
-    data = stage.data[0]
-    if data is None or not isinstance(stage.op, Fuse | StatisticsOp):
-        return None
+    from mergeflow.ops.regmean_pp import RegMeanPP
     from mergeflow.stages import foreseeing, models
     from mergeflow.stages.data import local_path
     from mergeflow.stages.fuse import estimating
 
-    if local_path(data, recipe.folder) is None:
-        return None  # a plan fetches no data
-    first, *others = (models.open_folder(folder) for folder in folders)
-    rows = estimating.sizes(data, recipe.folder)
+    rows = []
+    for data in stage.data[:1] if isinstance(stage.op, Fuse) else stage.data:
+        if data is None or local_path(data, recipe.folder) is None:
+            return None  # a plan fetches no data
+        rows.append(estimating.sizes(data, recipe.folder))
+    opened = [models.open_folder(folder) for folder in folders]
     if isinstance(stage.op, Fuse):
-        found = estimating.needs(stage.op, first, others, rows, device)
-    else:
+        found = estimating.needs(stage.op, opened[0], opened[1:], rows[0], device)
+    elif isinstance(stage.op, StatisticsOp):
         assert isinstance(made, Statistics)
-        found = foreseeing.needs(stage.op, first, made, rows, device)
+        found = foreseeing.needs(stage.op, opened[0], made, rows[0], device)
+    else:
+        assert isinstance(stage.op, RegMeanPP)
+        found = foreseeing.needs_of_merge(stage.op, opened, rows, device)
     free = free_bytes(cache.root()) + sum(entry.size for entry in cache.entries())
     if found.disk > free:
         raise MachineError(

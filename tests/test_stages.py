@@ -738,6 +738,20 @@ def test_a_stage_that_cannot_fit_the_memory_is_refused_before_a_weight_is_read(
     assert call("run", str(path), "-o", "out", "-q").code == 0
 
 
+def test_a_plan_says_what_a_regmean_pp_takes(here: Path) -> None:
+    node = {"op": "regmean_pp", "inputs": [{"model": "a", "data": "rows"}, {"model": "b", "data": "more"}]}
+    path = write_recipe(here, {"merged": node})
+    (told,) = json.loads(call("plan", str(path), "--json").out)["stages"]
+    needs = told["needs"]
+    assert (needs["rows"], needs["tokens"]) == (64 + 40, 64 + 40)
+    parameters = (6 * 8 + 3 * 8) + (8 * 8 + 3 * 8) + (3 * 8 + 3)
+    assert needs["memory"] == 4 * parameters * 3, "both models and the merged one"
+    assert needs["disk"] >= 4 * parameters
+    needed = str(needs["memory"] - 1)
+    called = call("run", str(path), "-o", "out", "-q", "--memory", needed)
+    assert called.code == 5 and "recipe.yaml:" in called.err, called.err
+
+
 def test_a_plan_of_texts_counts_their_tokens_about(here: Path) -> None:
     pytest.importorskip("transformers")
     from mergeflow.ops.statistics import Gram

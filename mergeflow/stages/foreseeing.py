@@ -1,8 +1,9 @@
-"""What collecting statistics takes of disk, memory and time, from headers, configs and the size of the data: no weight is read.
+"""What the stages of statistics take of disk, memory and time, from headers, configs and the size of data: no weight is read.
 
 For a person who wonders whether to begin, and for refusing what cannot fit. `memory` is what a run cannot do without: where it
 may take more than twice the model, all of the model is loaded, else it is run block by block (mergeflow.stages.walking and
-offloading). A Fisher diagonal needs all weights at once, since gradients go all the way back, and squares of some parameters.
+offloading). A Fisher diagonal needs all weights at once, since gradients go all the way back, and squares of some parameters;
+`regmean_pp` all models and the merged one.
 """
 
 from __future__ import annotations
@@ -12,8 +13,9 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from mergeflow.graph import Needs
-from mergeflow.ops.statistics import FisherDiag, StatisticsOp
-from mergeflow.stages import data, fisher, models, naming, offloading, walking
+from mergeflow.ops.regmean_pp import RegMeanPP
+from mergeflow.ops.statistics import FisherDiag, Gram, StatisticsOp
+from mergeflow.stages import collecting, data, fisher, models, naming, offloading, regmean_pp, walking
 from mergeflow.stages.fuse.estimating import CHARACTERS_A_BIT, OPERATIONS
 
 if TYPE_CHECKING:
@@ -45,13 +47,42 @@ def needs(op: StatisticsOp, folder: models.Folder, made: Statistics, rows: Seque
     return Needs(
         disk=written + kept,
         memory=memory,
-        seconds=round(operations / OPERATIONS["cpu" if device == "cpu" else "cuda"] + 2 * stored / BYTES_A_SECOND, 1),
+        seconds=_seconds(operations, 2 * stored, device),
         rows=len(rows),
         tokens=tokens,
     )
 
 
-def tokens_of(op: StatisticsOp, folder: models.Folder, rows: Sequence[int]) -> int:
+def needs_of_merge(
+    op: RegMeanPP, folders: Sequence[models.Folder], rows: Sequence[Sequence[int]], device: str
+) -> Needs:
+    """What a `regmean_pp` takes; `rows` are the characters of text in each row of each model's data.
+
+    Each model's data runs through its own blocks and through the merged ones, and what a block gives for all of it is kept.
+    """
+    first = folders[0]
+    tensors = first.checkpoint.tensors.values()
+    elements = sum(tensor.elements for tensor in tensors if tensor.dtype.kind == "float")
+    tokens = sum(tokens_of(op, first, own) for own in rows)
+    foreseen = collecting.predict(Gram(codec="float32"), first)
+    squares = sum(math.prod(shape) for _, shape in foreseen.tensors.values())
+    stored = sum(tensor.nbytes for tensor in tensors)
+    operations = tokens * (4 * elements + 2 * squares)
+    return Needs(
+        disk=stored + tokens * _width(first) * models.compute_dtype(first).itemsize,
+        memory=regmean_pp.needed_bytes(folders),
+        seconds=_seconds(operations, 2 * len(folders) * stored, device),
+        rows=sum(len(own) for own in rows),
+        tokens=tokens,
+    )
+
+
+def _seconds(operations: float, read: int, device: str) -> float:
+    """Seconds of so many operations, and of reading so many bytes."""
+    return round(operations / OPERATIONS["cpu" if device == "cpu" else "cuda"] + read / BYTES_A_SECOND, 1)
+
+
+def tokens_of(op: StatisticsOp | RegMeanPP, folder: models.Folder, rows: Sequence[int]) -> int:
     """About how many tokens the model reads: of images and of numbers one a row."""
     if folder.task in ("images", "features"):
         return len(rows)

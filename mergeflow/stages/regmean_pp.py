@@ -132,9 +132,14 @@ def resolved(op: RegMeanPP, folder: models.Folder, count: int) -> dict[str, RegM
     }
 
 
-def _check_memory(job: MergeJob, folders: Sequence[models.Folder]) -> None:
+def needed_bytes(folders: Sequence[models.Folder]) -> int:
+    """Bytes of the models and of the merged one, which are in memory together."""
     elements = sum(tensor.elements for tensor in folders[0].checkpoint.tensors.values() if tensor.dtype.kind == "float")
-    needed = (len(folders) + 1) * elements * models.compute_dtype(folders[0]).itemsize
+    return (len(folders) + 1) * elements * models.compute_dtype(folders[0]).itemsize
+
+
+def _check_memory(job: MergeJob, folders: Sequence[models.Folder]) -> None:
+    needed = needed_bytes(folders)
     if needed > job.memory:
         raise MachineError(
             f"{len(folders)} models and the merged one take {needed:,} bytes, and may take {job.memory:,}",
