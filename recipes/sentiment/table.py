@@ -51,13 +51,13 @@ def main() -> None:
             prepare(work, options.folder / "packages", seed)
         merge(work, work / "merged")
         found.append(measured(work, work / "merged"))
-    print(f"Accuracy on texts that no model was trained on; mean over the seeds {options.seeds}:\n")
-    print(f"| model | {' | '.join(TRAINED)} | mean of the three | {UNSEEN} (unseen) |")
-    print(f"| --- |{' ---: |' * (len(TRAINED) + 2)}")
-    for row in found[0]:
-        *trained, unseen = (fmean(column) for column in zip(*(one[row] for one in found), strict=True))
-        cells = " | ".join(f"{value:.3f}" for value in [*trained, fmean(trained), unseen])
-        print(f"| {row} | {cells} |")
+        print(f"Accuracy on texts that no model was trained on; mean over {len(found)} seeds:\n")
+        print(f"| model | {' | '.join(TRAINED)} | mean of the three | {UNSEEN} (unseen) |")
+        print(f"| --- |{' ---: |' * (len(TRAINED) + 2)}")
+        for row in found[0]:
+            *trained, unseen = (fmean(column) for column in zip(*(one[row] for one in found), strict=True))
+            cells = " | ".join(f"{value:.3f}" for value in [*trained, fmean(trained), unseen])
+            print(f"| {row} | {cells} |")
 
 
 if __name__ == "__main__":
