@@ -1,8 +1,8 @@
 """`regmean`: the weights whose outputs are nearest to every model's own, on the inputs that model has seen.
 
 The data is not needed: what a linear layer's outputs depend on is the Gram matrix of its inputs (mergeflow.checkpoint.statistics).
-`RegMean` is what recipes say, `Solve` what planning puts in its place at one weight: it reads Grams by rows, twice, and holds
-two square matrices however many models there are.
+`RegMean` is what recipes say, `Solve` what planning puts in its place at one weight: it reads Grams by rows, once for each piece of
+the outputs, and holds two square matrices however many models there are.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ Solver = Literal["cholesky", "cg", "lstsq"]
 
 LARGEST_CONDITION = 1e12
 """A sum of Grams with a greater condition estimate is not solved: float64 would leave four digits at best."""
-_ENTRIES = 1 << 19
+_ENTRIES = 1 << 20
 """Entries of a Gram that are read at once."""
 _OUTPUTS = 1 << 20
 """Entries of a weight that are solved at once, at least."""
@@ -122,6 +122,13 @@ class RegMean(Op):
         )
 
 
+Delta = Callable[[int], "Tensor"]
+"""W_i - W_ref by the input's index, in some outputs: (outputs, inputs)."""
+
+Asked = tuple[Delta, int]
+"""The deltas of some outputs, and how many these are."""
+
+
 class Solve(Op):
     """What planning puts at one weight; no recipe can name it. Inputs are W_1 .. W_K, the base if `based`, and G_1 .. G_K."""
 
@@ -163,7 +170,7 @@ class Solve(Op):
         if not result.numel():
             return result
         sums = Sums(grams, self.weights, self.alpha, self.ridge, torch_type(self.solve_dtype), first.device)
-        solve = getattr(self, f"_{self.solver}")(sums, d)
+        solve: Callable[[Tensor], Tensor] | None = None
         for start, stop in _pieces(outputs, _step(outputs, d)):
             own = (
                 self._rows(base, start, stop, sums.dtype)
@@ -171,8 +178,14 @@ class Solve(Op):
                 else None
             )
             reference = self._reference(models, own, start, stop, sums.dtype)
-            merged = solve(sums.products(self._deltas(models, reference, start, stop), len(reference)))
-            del reference
+            asked = self._deltas(models, reference, start, stop), len(reference)
+            if solve is None:  # of the first outputs the products are taken while the Grams are read for their sum
+                solve, right = getattr(self, f"_{self.solver}")(sums, d, asked)
+            else:
+                right = sums.products(*asked)
+            del reference, asked
+            merged = solve(right)
+            del right
             reference = self._reference(models, own, start, stop, sums.dtype)
             merged += reference
             if own is not None and self.scale != 1:
@@ -184,12 +197,12 @@ class Solve(Op):
         return result
 
     def needed_bytes(self, shapes: Sequence[tuple[int, ...]]) -> int:
-        """Two square matrices, or one and what is solved at once; the result; what is read at once."""
+        """Two square matrices and what is solved next, or one and all that solving takes; the result; what is read at once."""
         outputs, d = self._sides(shapes[0])
         size = 8 if self.solve_dtype == "float64" else 4
         piece = _step(outputs, d) * d * size
         square = {"cholesky": 2, "lstsq": 4, "cg": 0}[self.solver] * d * d * size
-        held = max(square, square // 2 + 6 * piece) if self.solver != "cg" else 8 * piece
+        held = max(square + 2 * piece, square // 2 + 6 * piece) if self.solver != "cg" else 8 * piece
         read = min(max(_ENTRIES, d), d * d) * (size + 8)
         return held + read + 8 * outputs * d
 
@@ -232,19 +245,21 @@ class Solve(Op):
         total /= sum(weight for _, weight in sound)
         return total
 
-    def _deltas(self, models: Sequence[ByRows], reference: Tensor, start: int, stop: int) -> Callable[[int], Tensor]:
+    def _deltas(self, models: Sequence[ByRows], reference: Tensor, start: int, stop: int) -> Delta:
         """W_i - W_ref by the input's index, in outputs [start, stop)."""
         return lambda index: self._rows(models[index], start, stop, reference.dtype).sub_(reference)
 
-    # Solvers: from the sums to a function that solves X (sum) = right, of (outputs, inputs)
+    # Solvers: from the sums to a function that solves X (sum) = right, of (outputs, inputs), and the right sides that are asked for
 
-    def _cholesky(self, sums: Sums, d: int) -> Callable[[Tensor], Tensor]:
+    def _cholesky(self, sums: Sums, d: int, asked: Asked) -> tuple[Callable[[Tensor], Tensor], Tensor]:
         import torch
 
-        matrix, root, _ = sums.equilibrated()
-        norm = float(matrix.abs().sum(0).max()) if d else 0.0
-        factor, info = torch.linalg.cholesky_ex(matrix)
-        del matrix
+        matrix, root, _, given = sums.equilibrated(*asked)
+        norm = float(torch.linalg.vector_norm(matrix, 1, dim=1).max()) if d else 0.0
+        matrix = matrix.mT
+        place = (matrix, torch.empty((), dtype=torch.int32)) if matrix.is_cpu else None  # by columns, as LAPACK has it
+        factor, info = torch.linalg.cholesky_ex(matrix, out=place)
+        del matrix, place
         if int(info):
             raise self._failure(float("inf"), d)
 
@@ -256,13 +271,13 @@ class Solve(Op):
         condition = norm * _inverse_norm(inverse, root)
         if not condition <= LARGEST_CONDITION:
             raise self._failure(condition, d)
-        return lambda right: inverse(right.div_(root)).div_(root)
+        return (lambda right: inverse(right.div_(root)).div_(root)), given
 
-    def _lstsq(self, sums: Sums, d: int) -> Callable[[Tensor], Tensor]:
+    def _lstsq(self, sums: Sums, d: int, asked: Asked) -> tuple[Callable[[Tensor], Tensor], Tensor]:
         """The smallest correction: of what solves the scaled equations, the part that has none of what the data does not see."""
         import torch
 
-        matrix, root, alive = sums.equilibrated()
+        matrix, root, alive, given = sums.equilibrated(*asked)
         try:
             values, vectors = torch.linalg.eigh(matrix)
         except RuntimeError:  # NaN, or numbers beyond all scales
@@ -278,9 +293,9 @@ class Solve(Op):
             found: Tensor = ((right.div_(root) @ vectors).div_(values) @ vectors.mT).div_(root)
             return found.sub_((found @ unseen) @ unseen.mT).mul_(alive)
 
-        return solved
+        return solved, given
 
-    def _cg(self, sums: Sums, d: int) -> Callable[[Tensor], Tensor]:
+    def _cg(self, sums: Sums, d: int, asked: Asked) -> tuple[Callable[[Tensor], Tensor], Tensor]:
         """Conjugate gradients on the scaled equations, one for each output; Grams are read again at every step."""
         import torch
 
@@ -306,7 +321,7 @@ class Solve(Op):
                 way = way.mul_(torch.where(before > 0, square / before, 0.0)).add_(rest)
             raise self._failure(None, d)
 
-        return solved
+        return solved, sums.products(*asked)
 
     def _failure(self, condition: float | None, d: int) -> NumericError:
         """Why a sum of Grams cannot be solved, and what to write."""
@@ -372,25 +387,31 @@ class Sums:
                 diagonal[start:stop] += part * weight
         return self._root(diagonal)[0]
 
-    def equilibrated(self) -> tuple[Tensor, Tensor, Tensor]:
-        """The sum, its rows and columns divided by the root of its diagonal; that root; and which channels are not dead.
+    def equilibrated(self, delta: Delta, outputs: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """The sum, its rows and columns divided by the root of its diagonal; that root; which channels are not dead; and what
+        `products` gives, of the same reading.
 
-        Its diagonal is 1, that of dead channels too.
+        The sum's diagonal is 1, that of dead channels too.
         """
         import torch
 
         total = torch.zeros(self.d, self.d, dtype=self.dtype, device=self.device)
+        right = torch.zeros(outputs, self.d, dtype=self.dtype, device=self.device)
         for index, weight in enumerate(self.weights):
-            for start, stop, rows, _ in self._read(index) if weight else ():
+            if not weight:
+                continue
+            own = delta(index)
+            for start, stop, rows, diagonal in self._read(index):
+                self._add_product(right, own, weight, start, stop, rows, diagonal)
                 total[start:stop] += rows if weight == 1 else rows.mul_(weight)
         root, alive = self._root(total.diagonal())
         for start, stop in _pieces(self.d, max(_ENTRIES // self.d, 1)):
             total[start:stop] *= self.alpha / root[start:stop, None]
             total[start:stop] /= root
         total.diagonal().fill_(1)
-        return total, root, alive
+        return total, root, alive, right
 
-    def products(self, delta: Callable[[int], Tensor], outputs: int) -> Tensor:
+    def products(self, delta: Delta, outputs: int) -> Tensor:
         """sum_i (W_i - W_ref) c_i G~_i, of (outputs, inputs)."""
         import torch
 
@@ -400,10 +421,16 @@ class Sums:
                 continue
             own = delta(index)
             for start, stop, rows, diagonal in self._read(index):
-                part = (own @ rows.mT).mul_(self.alpha * weight)
-                part += own[:, start:stop] * (diagonal * ((1 - self.alpha) * weight))
-                right[:, start:stop] += part
+                self._add_product(right, own, weight, start, stop, rows, diagonal)
         return right
+
+    def _add_product(
+        self, right: Tensor, own: Tensor, weight: float, start: int, stop: int, rows: Tensor, diagonal: Tensor
+    ) -> None:
+        """Add own c_i G~_i in the columns [start, stop), whose rows of the Gram are given."""
+        part = (own @ rows.mT).mul_(self.alpha * weight)
+        part += own[:, start:stop] * (diagonal * ((1 - self.alpha) * weight))
+        right[:, start:stop] += part
 
     def times(self, values: Tensor) -> Tensor:
         """values (sum_i c_i G~_i + ridge): a new tensor."""
