@@ -247,15 +247,19 @@ def children_seconds() -> float:
 
 @pytest.mark.parametrize("words", LIGHT.values(), ids=LIGHT)
 def test_light_commands_answer_well_under_a_second(words: list[str], folder: pathlib.Path) -> None:
-    # What looks at every parameter of every op may take a second.
-    best, bound = float("inf"), 1.0 if words in (LIGHT["schema"], LIGHT["validate every op"]) else 0.5
+    # What looks at every parameter of every op may take a second. A machine that is slow for now is slow for what a command
+    # is built on, too: four times the import of that is allowed there, which is under half a second on one that is not.
+    best = bare = float("inf")
+    share = 2 if words in (LIGHT["schema"], LIGHT["validate every op"]) else 1
     for _ in range(5):
         start = children_seconds()
+        subprocess.run([sys.executable, "-c", "import click, yaml; from pydantic import BaseModel"], check=True)
+        between = children_seconds()
         assert process(folder, *words).returncode == 0
-        best = min(best, children_seconds() - start)
-        if best < bound:
+        bare, best = min(bare, between - start), min(best, children_seconds() - between)
+        if best < share * max(0.5, 4 * bare):
             return
-    pytest.fail(f"{' '.join(words)} takes {best:.2f} s")
+    pytest.fail(f"{' '.join(words)} takes {best:.2f} s, and the libraries that it is built on {bare:.2f} s")
 
 
 # Progress
