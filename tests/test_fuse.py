@@ -492,3 +492,11 @@ def test_images_teach_a_model_of_another_size(here: Path) -> None:
         )
     assert divergence(teacher, after) < 0.7 * divergence(teacher, before)
     assert json.loads((here / "out/config.json").read_text())["hidden_size"] == 8
+
+
+def test_rows_of_files_with_one_name_are_refused_and_not_taken_for_each_other(here: Path) -> None:
+    for number, name in enumerate(("x", "y"), start=1):
+        (here / "data" / name).mkdir(parents=True)
+        rows(here / "data" / name / "rows.jsonl", 20 * number)
+    with pytest.raises(InputError, match=r"two rows that are called rows\.jsonl:1"):
+        run(here, corpora={"rows": {"path": "./data"}})

@@ -32,7 +32,7 @@ Model = Any
 def gpt(vocab: int, seed: int = 0, **more: Any) -> Model:
     torch.manual_seed(seed)
     sizes = {"n_positions": 64, "n_embd": 32, "n_layer": 2, "n_head": 2, "bos_token_id": 0, "eos_token_id": 0}
-    config = transformers.GPT2Config(vocab_size=vocab, **sizes, **more)
+    config = transformers.GPT2Config(vocab_size=vocab, **{**sizes, **more})
     made = transformers.GPT2LMHeadModel(config).eval().requires_grad_(False)
     for parameter in made.parameters():
         parameter.mul_(4)  # predictions that are far from uniform

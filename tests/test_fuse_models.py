@@ -22,7 +22,7 @@ from toys import call
 from mergeflow import pipeline
 from mergeflow.errors import InputError, MergeflowError, NumericError, RecipeError
 from mergeflow.recipe import load_recipe
-from mergeflow.stages.fuse import training
+from mergeflow.stages.fuse import teaching, training
 
 __all__ = ["ran"]
 TRAIN: dict[str, Any] = {"epochs": 2, "batch_tokens": 120, "micro_batch_tokens": 64, "lr": 1e-3, "checkpoint_every": 2}
@@ -138,7 +138,7 @@ def test_packed_rows_teach_what_rows_of_one_document_do(here: Path) -> None:
 
 def test_what_is_kept_is_used_again_as_far_as_it_is_the_same(here: Path, ran: list[str]) -> None:
     fuse(here)
-    assert sorted(ran) == ["a", "b", "start"]
+    assert sorted(ran) == ["a", "b", "start", "start"], "the target once to see that it can be packed"
     for again, wanted in (
         ({}, []),
         ({"loss": {"clm_weight": 0.25}}, ["start"]),
@@ -191,7 +191,7 @@ def test_two_fused_pairs_and_their_merge_are_one_recipe(here: Path) -> None:
 def test_the_papers_preset_gives_way_to_what_is_written(here: Path, ran: list[str]) -> None:
     plain = {"preset": "fusellm_v1", "capture": {}}
     found = steps(fuse(here, **plain))
-    assert sorted(ran) == ["a", "b", "start", "start"], "the start is one of its sources"
+    assert sorted(ran) == ["a", "b", "start", "start", "start"], "the start is one of its sources"
     assert found[0]["loss"] == pytest.approx(0.9 * found[0]["clm_loss"] + 0.1 * found[0]["fuse_loss"], rel=1e-5)
     found = steps(fuse(here, "other", loss={"clm_weight": 0.5}, **plain))
     assert found[0]["loss"] == pytest.approx(0.5 * found[0]["clm_loss"] + 0.5 * found[0]["fuse_loss"], rel=1e-5)
@@ -247,3 +247,73 @@ def test_what_cannot_be_is_said_and_nothing_is_written(
         run(here, node=FUSED, corpora=data, **changed)
     assert words in str(raised.value)
     assert not (here / "out").exists()
+
+
+# Packed rows, contexts and ids
+
+
+def other_target(folder: Path, model: transformers.PreTrainedModel) -> None:
+    """Put a model of another class, of the same tokenizer, in the place of one."""
+    with torch.no_grad():
+        for one in model.parameters():
+            if one.ndim > 1:
+                one.mul_(3)  # so that who sees whom is seen
+    model.save_pretrained(folder)
+
+
+def test_packed_rows_of_models_that_add_their_masks_hide_the_other_documents(here: Path) -> None:
+    torch.manual_seed(0)
+    config = transformers.GPTNeoConfig(
+        vocab_size=300, max_position_embeddings=64, hidden_size=32, num_layers=2, num_heads=2, window_size=64,
+        attention_types=[[["global", "local"], 1]], resid_dropout=0.0, embed_dropout=0.0, attention_dropout=0.0,
+    )  # fmt: skip
+    other_target(here / "start", transformers.GPTNeoForCausalLM(config))
+    settings = {"train": {**TRAIN, "batch_tokens": 10_000, "micro_batch_tokens": 10_000}}
+    packed, alone = (steps(fuse(here, f"out_{pack}", pack=pack, **settings))[0] for pack in (True, False))
+    for name in ("clm_loss", "fuse_loss"):
+        assert packed[name] == pytest.approx(alone[name], rel=1e-5), name
+
+
+def test_a_model_whose_windows_a_mask_replaces_is_not_packed(here: Path, ran: list[str]) -> None:
+    torch.manual_seed(0)
+    config = transformers.MistralConfig(
+        vocab_size=300, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=2, max_position_embeddings=64, sliding_window=4,
+    )  # fmt: skip
+    other_target(here / "start", transformers.MistralForCausalLM(config))
+    with pytest.raises(RecipeError, match="documents that share a row") as raised:
+        fuse(here)
+    assert "pack: false" in str(raised.value) and ran == ["start"], "before a source runs"
+    assert fuse(here, pack=False).made
+
+
+def test_documents_are_cut_for_the_least_context_of_models_with_one_tokenizer(here: Path) -> None:
+    language_model(here / "short", *KINDS["start"], seed=7, n_positions=16)
+    assert fuse(here, sources=["short"]).made
+    longest = [int(load_file(path)["offsets"].diff().max()) for path in (here / "cache").rglob("tokens.safetensors")]
+    assert longest and max(longest) <= 16, longest
+
+
+def test_a_token_that_the_targets_model_has_no_row_for_is_no_target(
+    here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its tokenizer has an id more than it: what a source says of that token would be taken for another's."""
+    token = {"id": 300, "content": "<x>", "special": True, "normalized": False}
+    token |= dict.fromkeys(("single_word", "lstrip", "rstrip"), False)
+    transformers.GPT2LMHeadModel(gpt(301, 7).config).save_pretrained(here / "wide")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (here / "wide" / name).write_text((here / "start" / name).read_text())
+    for name in ("start", "wide"):
+        told = json.loads((here / name / "tokenizer.json").read_text())
+        told["added_tokens"].append(token)
+        (here / name / "tokenizer.json").write_text(json.dumps(told))
+    seen: list[int] = []
+    targets = teaching.targets
+
+    def watched(*given: Any, **named: Any) -> Any:
+        seen.append(int(given[4].max()))
+        return targets(*given, **named)
+
+    monkeypatch.setattr(teaching, "targets", watched)
+    assert fuse(here, sources=["wide"], capture={"top_k": 301}).made
+    assert seen and max(seen) == 299

@@ -174,6 +174,8 @@ def capture(
     import torch
 
     _check_ids(model, tokenised)
+    head: Any = getattr(model, "get_output_embeddings", lambda: None)()
+    vocab = vocab if head is None else min(vocab, len(head.weight))  # a tokenizer may have ids that no logit is of
     keep = _Keep(vocab, min(top_k, vocab), min_mass, dtype)
     sizes = np.diff(tokenised.offsets)
     starts = _shard_starts(sizes)

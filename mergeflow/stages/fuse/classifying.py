@@ -273,6 +273,12 @@ def lessons(job: FuseJob, target: models.Folder, sources: Sequence[models.Folder
             found = Captured(found.rows, found.logits[:, columns(op, target, sources, index)])
         given.append(found)
     at = [{where: row for row, where in enumerate(one.rows)} for one in given]
+    for own, one in zip(at, given, strict=True):
+        if len(own) < len(one.rows):  # files of one name in several folders: rows would be taken for others
+            again = next(where for row, where in enumerate(one.rows) if own[where] != row)
+            raise InputError(
+                f"has two rows that are called {again}", where=job.data.path, fix="Give its files names of their own."
+            )
     shared = [example for example in examples.examples if all(example.where in one for one in at)]
     if not shared:
         raise InputError("has no row that all models can read", where=job.data.path)

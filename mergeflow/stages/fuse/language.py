@@ -10,6 +10,7 @@ In training, documents are packed into rows, in which none sees another, or stan
 from __future__ import annotations
 
 import inspect
+import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -72,7 +73,8 @@ class _Kept:
 
     def __init__(self, job: FuseJob, target: models.Folder) -> None:
         self.job, self.target = job, target
-        self.readers = {path: tokenising.load(path) for path in {job.target, *(path for _, path, _ in job.teachers)}}
+        paths = dict.fromkeys((job.target, *(path for _, path, _ in job.teachers)))
+        self.readers = {path: tokenising.load(path) for path in paths}
         folders = {path: target if path == job.target else models.open_folder(path) for path in self.readers}
         self.longest = {
             path: min(job.op.max_length or NO_CONTEXT, folder.context or NO_CONTEXT) for path, folder in folders.items()
@@ -95,14 +97,34 @@ class _Kept:
         def fill(folder: Path) -> None:
             source = job.data.model_copy(update={"label": None})
             texts = data.read_texts(source, job.folder, self.target)
-            each = {self.readers[path].digest: (self.readers[path], self.longest[path]) for path in self.readers}
+            each = [
+                (reader, self.longest[path]) for path, reader in self.readers.items()
+            ]  # one tokenizer may have two contexts
             try:
-                made = tokenising.cut([text for _, text in texts.texts], list(each.values()))
+                made = tokenising.cut([text for _, text in texts.texts], each)
             except InputError as error:
                 raise error.placed(job.data.path) from None
             made.save(folder)
 
         return Corpus.open(self.make("documents", parts, fill))
+
+    def check_packing(self) -> None:
+        """Hold a packed row of the target against its documents alone, once. Raises RecipeError where they differ."""
+        longest = self.longest[self.job.target]
+        parts = {"target": self.job.digests[0], "longest": longest, "transformers": models.transformers().__version__}
+
+        def fill(folder: Path) -> None:
+            off = _packed_off(self.target, longest)
+            if not off <= ALIKE:
+                raise RecipeError(
+                    f"{self.target.architecture} says something else of documents that share a row (log-probabilities are up to "
+                    f"{off:.2g} off)",
+                    where="pack",
+                    fix="Write `pack: false`.",
+                )
+            (folder / "alike.json").write_text(json.dumps({"off": off}))
+
+        self.make("packing", parts, fill)
 
     def tokens(self, path: Path) -> Tokenised:
         """The documents as a model reads them."""
@@ -182,6 +204,9 @@ class _Kept:
             else:
                 aligning.align(tokens, target, align.valid).save(folder)
 
+        # A token that the target's tokenizer has and its model has no row for cannot be said by it.
+        rows = _size(self.target, "vocab_size")
+        vocabulary = np.where(vocabulary < rows, vocabulary, -1).astype(np.int32) if rows else vocabulary
         return Source(tokens, said, aligning.Aligned.open(self.make("pairs", parts, fill)), vocabulary)
 
     def _vocabulary(self, source: Tokenizer, target: Tokenizer) -> NDArray[np.int32]:
@@ -202,6 +227,12 @@ class _Kept:
 
 Row = tuple[int, ...]
 """Documents that stand one behind the other."""
+
+HIDDEN = np.float32(-3.3895313892515355e38)
+"""What is added to the score of a position that is not to be seen: the least of bfloat16. (Eager attention adds a mask, true or not.)"""
+
+ALIKE = 1e-3
+"""How far log-probabilities in a row of two documents may be from those of each alone: rounding leaves 1e-5 and less."""
 
 
 class Texts(Lessons):
@@ -332,7 +363,7 @@ class Texts(Lessons):
         else:
             # Each sees those before it in its own document; padding sees itself, since a row of no one is NaN.
             same = owners[:, :, None] == owners[:, None, :]
-            inputs["attention_mask"] = (same & np.tri(width, dtype=bool))[:, None]
+            inputs["attention_mask"] = np.where(same & np.tri(width, dtype=bool), np.float32(0), HIDDEN)[:, None]
             inputs["position_ids"] = places
         found = {name: torch.from_numpy(one).to(self.device) for name, one in inputs.items()}
         return found, torch.from_numpy(np.concatenate(at)).to(self.device)
@@ -418,6 +449,8 @@ def lessons(job: FuseJob, target: models.Folder, sources: Sequence[models.Folder
     op = job.op.settled
     job = replace(job, op=op)
     kept = _Kept(job, target)
+    if op.pack:
+        kept.check_packing()
     teachers = job.teachers if op.teaches else ()
     found = [kept.source(*one) for one in teachers]
     tokens = kept.tokens(job.target)
@@ -428,6 +461,34 @@ def lessons(job: FuseJob, target: models.Folder, sources: Sequence[models.Folder
     if texts.dropped:
         job.progress(f"documents with NaN or Inf, left out: {texts.dropped}", 0, 0)
     return texts
+
+
+def _packed_off(target: models.Folder, longest: int) -> float:
+    """How far log-probabilities of two documents in one row are from those of each alone, at most: much where a model hands a state
+    on from token to token, or where a given mask replaces its windows."""
+    import torch
+
+    first = longest - 2
+    if first < 1:
+        return 0.0
+    ids = torch.randint(_size(target, "vocab_size") or 2, (longest,), generator=torch.Generator().manual_seed(0))
+    owner = (torch.arange(longest) >= first).long()
+    seen = (owner[:, None] == owner) & torch.ones(longest, longest).tril().bool()
+    mask = torch.where(seen, 0.0, float(HIDDEN))[None, None]
+    places = torch.cat([torch.arange(first), torch.arange(longest - first)])
+    model = models.load_model(target, "cpu").float().eval()
+    with torch.no_grad():
+        packed = model(input_ids=ids[None], attention_mask=mask, position_ids=places[None], use_cache=False).logits[0]
+        alone = torch.cat([model(input_ids=own[None], use_cache=False).logits[0] for own in (ids[:first], ids[first:])])
+    pieces = zip(packed.split(64), alone.split(64), strict=True)  # logits are many: no more copies of all of them
+    return max(float((one.log_softmax(-1) - other.log_softmax(-1)).abs().max()) for one, other in pieces)
+
+
+def _size(folder: models.Folder, key: str) -> int:
+    """A number of a model's config, or of its part for text; 0 where there is none."""
+    text = folder.config.get("text_config")
+    configs = (folder.config, text if isinstance(text, dict) else {})
+    return next((value for one in configs if isinstance(value := one.get(key), int)), 0)
 
 
 def _takes_places(folder: models.Folder) -> bool:
