@@ -480,7 +480,9 @@ def _packed_off(target: models.Folder, longest: int) -> float:
     with torch.no_grad():
         packed = model(input_ids=ids[None], attention_mask=mask, position_ids=places[None], use_cache=False).logits[0]
         alone = torch.cat([model(input_ids=own[None], use_cache=False).logits[0] for own in (ids[:first], ids[first:])])
-    pieces = zip(packed.split(64), alone.split(64), strict=True)  # logits are many: no more copies of all of them
+    pieces = [
+        (packed[at : at + 64], alone[at : at + 64]) for at in range(0, longest, 64)
+    ]  # logits are many: no more copies of all of them
     return max(float((one.log_softmax(-1) - other.log_softmax(-1)).abs().max()) for one, other in pieces)
 
 
