@@ -13,7 +13,7 @@ import signal
 import subprocess
 import sys
 import termios
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import click
 import pytest
@@ -300,10 +300,22 @@ def test_a_terminal_gets_a_bar_that_is_taken_away(folder: pathlib.Path) -> None:
     assert last.split("\r")[-1].startswith("bar: 4 tensors"), repr(last)
 
 
-def test_a_pipe_gets_a_line_now_and_then(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    times = iter([0.0, 1.0, 11.0, 12.0, 25.0])
-    monkeypatch.setattr(cli.time, "monotonic", lambda: next(times))
-    shown = cli._Progress(quiet=False)
+@pytest.fixture
+def progress_at(monkeypatch: pytest.MonkeyPatch) -> Callable[..., cli._Progress]:
+    """Makes the progress of a pipe whose clock says these seconds, first when it is made."""
+
+    def made(*times: float) -> cli._Progress:
+        clock = iter(times)
+        monkeypatch.setattr(cli.time, "monotonic", lambda: next(clock))
+        return cli._Progress(quiet=False)
+
+    return made
+
+
+def test_a_pipe_gets_a_line_now_and_then(
+    progress_at: Callable[..., cli._Progress], capsys: pytest.CaptureFixture[str]
+) -> None:
+    shown = progress_at(0.0, 1.0, 11.0, 12.0, 25.0)
     for _ in range(4):
         shown.update("write", 500_000_000, 3_000_000_000)
     shown.close()
@@ -316,11 +328,9 @@ def test_a_pipe_gets_a_line_now_and_then(monkeypatch: pytest.MonkeyPatch, capsys
 
 
 def test_a_note_behind_a_comma_changes_and_the_count_goes_on(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    progress_at: Callable[..., cli._Progress], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    times = iter([0.0, 11.0, 22.0])
-    monkeypatch.setattr(cli.time, "monotonic", lambda: next(times))
-    shown = cli._Progress(quiet=False)
+    shown = progress_at(0.0, 11.0, 22.0)
     for loss in ("2.50", "2.25"):
         shown.update(f"train, loss {loss}", 10, 40)
     assert [line.partition(" of ")[0] for line in capsys.readouterr().err.splitlines()] == [
@@ -330,11 +340,9 @@ def test_a_note_behind_a_comma_changes_and_the_count_goes_on(
 
 
 def test_the_speed_of_what_is_new_counts_the_time_until_it_is_first_told(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    progress_at: Callable[..., cli._Progress], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    times = iter([0.0, 5.0, 25.0])
-    monkeypatch.setattr(cli.time, "monotonic", lambda: next(times))
-    shown = cli._Progress(quiet=False)
+    shown = progress_at(0.0, 5.0, 25.0)
     shown.update("batches", 1, 1)
     shown.update("capture tokens of source 1", 4000, 20_000)
     assert capsys.readouterr().err == "capture tokens of source 1: 4000 of 20000, 200/s, 80 s left\n"

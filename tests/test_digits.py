@@ -6,7 +6,6 @@ The oracle is numpy in float64, written from the formulas: its own forward pass,
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Iterator, Mapping
 from importlib import import_module
 from pathlib import Path
@@ -16,13 +15,12 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from numpy.typing import NDArray
 from safetensors.numpy import load_file
 from scipy.special import erf, softmax
 from scipy.stats import norm
+from toys import recipe_script
 
-ROOT = Path(__file__).parent.parent
 SEEDS = (0, 1, 2)
 Array = NDArray[np.float64]
 Tensors = Mapping[str, Array]
@@ -31,14 +29,8 @@ Tensors = Mapping[str, Array]
 @pytest.fixture(scope="module")
 def digits() -> Iterator[ModuleType]:
     """The scripts of the recipe."""
-    folders = [str(ROOT / "recipes" / name) for name in ("digits", "quickstart")]
-    threads = torch.get_num_threads()
-    sys.path[:0] = folders
-    torch.set_num_threads(1)
-    yield import_module("table")
-    for folder in folders:
-        sys.path.remove(folder)
-    torch.set_num_threads(threads)
+    with recipe_script("table", "digits") as module:
+        yield module
 
 
 @pytest.fixture(scope="module")

@@ -2,37 +2,19 @@
 
 from __future__ import annotations
 
-import contextlib
 import statistics
-import sys
 from collections.abc import Iterator, Mapping, Sequence
-from importlib import import_module
 from pathlib import Path
 from types import ModuleType
 
 import pytest
-import torch
-
-ROOT = Path(__file__).parent.parent
-
-
-@contextlib.contextmanager
-def imported(module: str, *folders: str) -> Iterator[ModuleType]:
-    """A script of the recipes, on one thread."""
-    paths = [str(ROOT / "recipes" / name) for name in (*folders, "quickstart")]
-    threads = torch.get_num_threads()
-    sys.path[:0] = paths
-    torch.set_num_threads(1)
-    yield import_module(module)
-    for path in paths:
-        sys.path.remove(path)
-    torch.set_num_threads(threads)
+from toys import recipe_script
 
 
 @pytest.fixture(scope="module")
 def scripts() -> Iterator[ModuleType]:
     """The script that makes the table of the classifiers."""
-    with imported("fuse_table", "fuse-classifiers", "digits") as module:
+    with recipe_script("fuse_table", "fuse-classifiers", "digits") as module:
         yield module
 
 
@@ -69,7 +51,7 @@ def test_a_language_model_learns_from_two_teachers_and_not_from_wrong_ones(
 ) -> None:
     """One seed of the table in recipes/fuse-lm, whose README has five."""
     monkeypatch.setenv("MERGEFLOW_CACHE", str(tmp_path / "cache"))
-    with imported("lm_table", "fuse-lm") as lm_table:
+    with recipe_script("lm_table", "fuse-lm") as lm_table:
         lm_table.prepare(tmp_path, seed=0)
         lm_table.fuse(lm_table.RECIPE, tmp_path, tmp_path / "out", 0)
         domains = lm_table.measured(tmp_path, tmp_path / "out")

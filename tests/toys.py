@@ -7,8 +7,11 @@ import io
 import json
 import os
 import pathlib
-from collections.abc import Mapping, Sequence
+import sys
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from importlib import import_module
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -128,3 +131,20 @@ def environment(**more: str) -> dict[str, str]:
 def tree(folder: pathlib.Path) -> Sequence[str]:
     """Every path below a folder, sorted."""
     return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*"))
+
+
+@contextlib.contextmanager
+def recipe_script(module: str, *folders: str) -> Iterator[ModuleType]:
+    """A script that stands in these folders of recipes/, imported, while torch has one thread."""
+    import torch
+
+    paths = [str(SOURCE / "recipes" / name) for name in (*folders, "quickstart")]
+    threads = torch.get_num_threads()
+    sys.path[:0] = paths
+    torch.set_num_threads(1)
+    try:
+        yield import_module(module)
+    finally:
+        torch.set_num_threads(threads)
+        for path in paths:
+            sys.path.remove(path)

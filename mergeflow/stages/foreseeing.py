@@ -29,7 +29,6 @@ BYTES_A_SECOND = 1e9
 
 def needs(op: StatisticsOp, folder: models.Folder, made: Statistics, rows: Sequence[int], device: str) -> Needs:
     """What a stage takes. `made` is what it would write, by headers; `rows` are the characters of text in each row."""
-    elements = sum(tensor.elements for tensor in folder.checkpoint.tensors.values() if tensor.dtype.kind == "float")
     tokens = tokens_of(op, folder, rows)
     width = models.compute_dtype(folder).itemsize
     written = sum(tensor.nbytes for tensor in made.tensors.values())
@@ -37,17 +36,16 @@ def needs(op: StatisticsOp, folder: models.Folder, made: Statistics, rows: Seque
     sides = {group: made.dimension(weight) for weight, group in made.facts.groups.items()}
     if isinstance(op, FisherDiag):
         kept, memory = 0, _of_fisher(folder, made, model)
-        operations = elements * tokens * (2 + 4 * _columns(op, folder))
+        operations = folder.elements * tokens * (2 + 4 * _columns(op, folder))
     else:
         squares = [side * side if op.kind == "gram" else side for side in sides.values()]
         kept = written + (0 if folder.ours else tokens * _width(folder) * width)
         memory = _of_collecting(folder, made, model, 4 * max(squares, default=0))
-        operations = tokens * (2 * elements + 2 * sum(squares))
-    stored = sum(tensor.nbytes for tensor in folder.checkpoint.tensors.values())
+        operations = tokens * (2 * folder.elements + 2 * sum(squares))
     return Needs(
         disk=written + kept,
         memory=memory,
-        seconds=_seconds(operations, 2 * stored, device),
+        seconds=_seconds(operations, 2 * folder.nbytes, device),
         rows=len(rows),
         tokens=tokens,
     )
@@ -61,17 +59,14 @@ def needs_of_merge(
     Each model's data runs through its own blocks and through the merged ones, and what a block gives for all of it is kept.
     """
     first = folders[0]
-    tensors = first.checkpoint.tensors.values()
-    elements = sum(tensor.elements for tensor in tensors if tensor.dtype.kind == "float")
     tokens = sum(tokens_of(op, first, own) for own in rows)
     foreseen = collecting.predict(Gram(codec="float32"), first)
     squares = sum(math.prod(shape) for _, shape in foreseen.tensors.values())
-    stored = sum(tensor.nbytes for tensor in tensors)
-    operations = tokens * (4 * elements + 2 * squares)
+    operations = tokens * (4 * first.elements + 2 * squares)
     return Needs(
-        disk=stored + tokens * _width(first) * models.compute_dtype(first).itemsize,
+        disk=first.nbytes + tokens * _width(first) * models.compute_dtype(first).itemsize,
         memory=regmean_pp.needed_bytes(folders),
-        seconds=_seconds(operations, 2 * len(folders) * stored, device),
+        seconds=_seconds(operations, 2 * len(folders) * first.nbytes, device),
         rows=sum(len(own) for own in rows),
         tokens=tokens,
     )
@@ -86,7 +81,7 @@ def tokens_of(op: StatisticsOp | RegMeanPP, folder: models.Folder, rows: Sequenc
     """About how many tokens the model reads: of images and of numbers one a row."""
     if folder.task in ("images", "features"):
         return len(rows)
-    vocabulary = _number(folder, "vocab_size")
+    vocabulary = folder.number("vocab_size")
     characters = max(1.0, CHARACTERS_A_BIT * math.log2(max(vocabulary, 2)))
     longest = min(op.max_length or folder.context or data.NO_CONTEXT, folder.context or data.NO_CONTEXT)
     return sum(min(math.ceil(size / characters), longest) for size in rows)
@@ -129,10 +124,4 @@ def _columns(op: FisherDiag, folder: models.Folder) -> int:
 
 
 def _width(folder: models.Folder) -> int:
-    return _number(folder, "hidden_size", "n_embd", "d_model")
-
-
-def _number(folder: models.Folder, *keys: str) -> int:
-    text = folder.config.get("text_config")
-    configs = (folder.config, text if isinstance(text, dict) else {})
-    return next((value for one in configs for key in keys if isinstance(value := one.get(key), int)), 0)
+    return folder.number("hidden_size", "n_embd", "d_model")

@@ -98,14 +98,24 @@ class Folder:
     @property
     def context(self) -> int | None:
         """The most tokens that the model reads at once; None where it has no such number."""
+        found = self.number("max_position_embeddings", "n_positions", "n_ctx", "max_sequence_length")
+        return found - (2 if self.config.get("model_type") in _OFFSET else 0) if found else None
+
+    def number(self, *keys: str) -> int:
+        """The first positive number that config.json, or else its part for text, has under one of these; 0 where it has none."""
         text = self.config.get("text_config")
-        for config in (self.config, text if isinstance(text, dict) else {}):
-            for key in ("max_position_embeddings", "n_positions", "n_ctx", "max_sequence_length"):
-                found = config.get(key)
-                if isinstance(found, int) and found > 0:
-                    offset = 2 if self.config.get("model_type") in _OFFSET else 0
-                    return found - offset
-        return None
+        given = (one.get(key) for one in (self.config, text if isinstance(text, dict) else {}) for key in keys)
+        return next((value for value in given if isinstance(value, int) and value > 0), 0)
+
+    @property
+    def elements(self) -> int:
+        """How many floating-point numbers the model has."""
+        return sum(tensor.elements for tensor in self.checkpoint.tensors.values() if tensor.dtype.kind == "float")
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of its tensors as they are stored."""
+        return sum(tensor.nbytes for tensor in self.checkpoint.tensors.values())
 
 
 _TASKS: dict[str, Task] = {

@@ -134,8 +134,7 @@ def resolved(op: RegMeanPP, folder: models.Folder, count: int) -> dict[str, RegM
 
 def needed_bytes(folders: Sequence[models.Folder]) -> int:
     """Bytes of the models and of the merged one, which are in memory together."""
-    elements = sum(tensor.elements for tensor in folders[0].checkpoint.tensors.values() if tensor.dtype.kind == "float")
-    return (len(folders) + 1) * elements * models.compute_dtype(folders[0]).itemsize
+    return (len(folders) + 1) * folders[0].elements * models.compute_dtype(folders[0]).itemsize
 
 
 def _check_memory(job: MergeJob, folders: Sequence[models.Folder]) -> None:

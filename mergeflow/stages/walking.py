@@ -37,8 +37,7 @@ def too_large(folder: models.Folder, memory: int) -> bool:
     """Whether a model takes more than half of the memory, as it runs."""
     if folder.ours:
         return False
-    elements = sum(tensor.elements for tensor in folder.checkpoint.tensors.values() if tensor.dtype.kind == "float")
-    return elements * models.compute_dtype(folder).itemsize > memory // 2
+    return folder.elements * models.compute_dtype(folder).itemsize > memory // 2
 
 
 @dataclass

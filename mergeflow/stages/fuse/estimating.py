@@ -44,25 +44,16 @@ def _characters(fields: Any, source: DataSource) -> int:
     return len(value) if isinstance(value, str) else 0
 
 
-def elements(folder: models.Folder) -> int:
-    """How many numbers a model has."""
-    return sum(tensor.elements for tensor in folder.checkpoint.tensors.values() if tensor.dtype.kind == "float")
-
-
 def training(target: models.Folder) -> int:
     """Bytes of memory that training takes beside activations."""
-    return elements(target) * BYTES_A_PARAMETER
+    return target.elements * BYTES_A_PARAMETER
 
 
 def activations(folder: models.Folder, tokens: int) -> int:
     """About the bytes of what so many tokens leave behind in a transformer, for the way back; 0 where its config does not say."""
-    width, layers = _size(folder, "hidden_size", "n_embd", "d_model"), _size(folder, "num_hidden_layers", "n_layer")
-    inner = _size(folder, "intermediate_size", "n_inner", "ffn_dim") or 4 * width
+    width, layers = folder.number("hidden_size", "n_embd", "d_model"), folder.number("num_hidden_layers", "n_layer")
+    inner = folder.number("intermediate_size", "n_inner", "ffn_dim") or 4 * width
     return tokens * layers * (12 * width + 3 * inner) * 4
-
-
-def _size(folder: models.Folder, *keys: str) -> int:
-    return next((value for key in keys if isinstance(value := folder.config.get(key), int)), 0)
 
 
 def needs(op: Fuse, target: models.Folder, sources: Sequence[models.Folder], rows: Sequence[int], device: str) -> Needs:
@@ -72,12 +63,11 @@ def needs(op: Fuse, target: models.Folder, sources: Sequence[models.Folder], row
     kept = sum(_kept(op, folder, target, rows) for folder in teachers)
     if op.task == "causal_lm":  # documents, and the target's tokens of them
         kept += sum(rows) + 8 * _tokens(op, target, rows)
-    operations = sum(2 * elements(folder) * _tokens(op, folder, rows) for folder in teachers)
-    operations += 6 * elements(target) * _tokens(op, target, rows) * op.train.epochs
-    stored = sum(tensor.nbytes for tensor in target.checkpoint.tensors.values())
+    operations = sum(2 * folder.elements * _tokens(op, folder, rows) for folder in teachers)
+    operations += 6 * target.elements * _tokens(op, target, rows) * op.train.epochs
     return Needs(
-        disk=kept + BYTES_A_CHECKPOINT * elements(target) + stored,
-        memory=max([training(target) + _logits(op, target), *(4 * elements(folder) for folder in teachers)]),
+        disk=kept + BYTES_A_CHECKPOINT * target.elements + target.nbytes,
+        memory=max([training(target) + _logits(op, target), *(4 * folder.elements for folder in teachers)]),
         seconds=round(operations / OPERATIONS["cpu" if device == "cpu" else "cuda"], 1),
     )
 
@@ -88,14 +78,14 @@ def _kept(op: Fuse, folder: models.Folder, target: models.Folder, rows: Sequence
         return 4 * len(rows) * folder.n_labels
     tokens, stretches = _tokens(op, folder, rows), op.loss.kind == "alm"
     top_k = 0 if stretches else op.capture.top_k
-    said = capturing.disk_bytes(tokens, top_k, _size(folder, "vocab_size"), op.capture.dtype)
+    said = capturing.disk_bytes(tokens, top_k, folder.number("vocab_size"), op.capture.dtype)
     return said + (0 if stretches else 8 * _tokens(op, target, rows))
 
 
 def _logits(op: Fuse, target: models.Folder) -> int:
     """Bytes of the logits of what runs together, of their logarithms and of what goes back, in float32."""
     tokens = op.train.micro_batch_tokens if op.task == "causal_lm" else 0
-    return 3 * 4 * tokens * _size(target, "vocab_size")
+    return 3 * 4 * tokens * target.number("vocab_size")
 
 
 def _tokens(op: Fuse, folder: models.Folder, rows: Sequence[int]) -> int:
@@ -106,7 +96,7 @@ def _tokens(op: Fuse, folder: models.Folder, rows: Sequence[int]) -> int:
         return len(rows) * each
     if folder.task == "features":
         return len(rows)
-    characters = max(1.0, CHARACTERS_A_BIT * math.log2(max(_size(folder, "vocab_size"), 2)))
+    characters = max(1.0, CHARACTERS_A_BIT * math.log2(max(folder.number("vocab_size"), 2)))
     tokens = [int(size / characters) + 2 for size in rows]
     if op.task == "causal_lm":  # longer ones are cut in several
         return sum(tokens)

@@ -97,9 +97,8 @@ class _Kept:
         def fill(folder: Path) -> None:
             source = job.data.model_copy(update={"label": None})
             texts = data.read_texts(source, job.folder, self.target)
-            each = [
-                (reader, self.longest[path]) for path, reader in self.readers.items()
-            ]  # one tokenizer may have two contexts
+            # One tokenizer may have two contexts.
+            each = [(reader, self.longest[path]) for path, reader in self.readers.items()]
             try:
                 made = tokenising.cut([text for _, text in texts.texts], each)
             except InputError as error:
@@ -205,8 +204,8 @@ class _Kept:
                 aligning.align(tokens, target, align.valid).save(folder)
 
         # A token that the target's tokenizer has and its model has no row for cannot be said by it.
-        rows = _size(self.target, "vocab_size")
-        vocabulary = np.where(vocabulary < rows, vocabulary, -1).astype(np.int32) if rows else vocabulary
+        rows = self.target.number("vocab_size")
+        vocabulary = np.where(vocabulary < rows, vocabulary, -1) if rows else vocabulary
         return Source(tokens, said, aligning.Aligned.open(self.make("pairs", parts, fill)), vocabulary)
 
     def _vocabulary(self, source: Tokenizer, target: Tokenizer) -> NDArray[np.int32]:
@@ -357,13 +356,11 @@ class Texts(Lessons):
                 owners[index, start:stop] = one
                 at.append(index * width + np.arange(start, stop - 1))
                 start = stop
-        inputs = {"input_ids": ids}
+        inputs: dict[str, NDArray[np.int64] | NDArray[np.float32]] = {"input_ids": ids}
         if all(len(row) == 1 for row in part):
             inputs["attention_mask"] = (owners >= 0).astype(np.int64)
         else:
-            # Each sees those before it in its own document; padding sees itself, since a row of no one is NaN.
-            same = owners[:, :, None] == owners[:, None, :]
-            inputs["attention_mask"] = np.where(same & np.tri(width, dtype=bool), np.float32(0), HIDDEN)[:, None]
+            inputs["attention_mask"] = _mask(owners)
             inputs["position_ids"] = places
         found = {name: torch.from_numpy(one).to(self.device) for name, one in inputs.items()}
         return found, torch.from_numpy(np.concatenate(at)).to(self.device)
@@ -431,6 +428,15 @@ class Texts(Lessons):
         return total / max(weight, 1e-9)
 
 
+def _mask(owners: NDArray[np.int64]) -> NDArray[np.float32]:
+    """What is added to the scores of (rows, 1, places, places), by the document at each place (rows, places).
+
+    Each sees those before it in its own document; padding sees itself, since a row of no one is NaN.
+    """
+    same = owners[:, :, None] == owners[:, None, :]
+    return np.where(same & np.tri(owners.shape[1], dtype=bool), np.float32(0), HIDDEN)[:, None]
+
+
 def _picked(log_probs: Tensor, at: Tensor, ids: Tensor) -> Tensor:
     """(n, K): of (rows, places, V) log-probabilities those of `ids` (n, K) at the places `at` (n,) in all rows together."""
     vocab = log_probs.shape[-1]
@@ -471,26 +477,16 @@ def _packed_off(target: models.Folder, longest: int) -> float:
     first = longest - 2
     if first < 1:
         return 0.0
-    ids = torch.randint(_size(target, "vocab_size") or 2, (longest,), generator=torch.Generator().manual_seed(0))
-    owner = (torch.arange(longest) >= first).long()
-    seen = (owner[:, None] == owner) & torch.ones(longest, longest).tril().bool()
-    mask = torch.where(seen, 0.0, float(HIDDEN))[None, None]
+    ids = torch.randint(target.number("vocab_size") or 2, (longest,), generator=torch.Generator().manual_seed(0))
+    mask = torch.from_numpy(_mask((np.arange(longest)[None] >= first).astype(np.int64)))
     places = torch.cat([torch.arange(first), torch.arange(longest - first)])
     model = models.load_model(target, "cpu").float().eval()
     with torch.no_grad():
         packed = model(input_ids=ids[None], attention_mask=mask, position_ids=places[None], use_cache=False).logits[0]
         alone = torch.cat([model(input_ids=own[None], use_cache=False).logits[0] for own in (ids[:first], ids[first:])])
-    pieces = [
-        (packed[at : at + 64], alone[at : at + 64]) for at in range(0, longest, 64)
-    ]  # logits are many: no more copies of all of them
+    # Logits are many: no more copies of all of them.
+    pieces = [(packed[at : at + 64], alone[at : at + 64]) for at in range(0, longest, 64)]
     return max(float((one.log_softmax(-1) - other.log_softmax(-1)).abs().max()) for one, other in pieces)
-
-
-def _size(folder: models.Folder, key: str) -> int:
-    """A number of a model's config, or of its part for text; 0 where there is none."""
-    text = folder.config.get("text_config")
-    configs = (folder.config, text if isinstance(text, dict) else {})
-    return next((value for one in configs if isinstance(value := one.get(key), int)), 0)
 
 
 def _takes_places(folder: models.Folder) -> bool:
