@@ -15,9 +15,11 @@ Positions are looked up in the composed tree when somebody asks, since a recipe 
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, Generic, TypeVar
@@ -136,7 +138,8 @@ def read_documents(text: str | bytes, source: str) -> tuple[Document, ...]:
 
 
 def _document(text: str, source: str) -> Document:
-    root = _Composer(text, source).compose()
+    with _no_collection():
+        root = _Composer(text, source).compose()
     return Document(
         source=source,
         data=root.data,
@@ -146,22 +149,56 @@ def _document(text: str, source: str) -> Document:
     )
 
 
+@contextlib.contextmanager
+def _no_collection() -> Iterator[None]:
+    """Keeps Python from looking for cycles: in 50,000 new nodes there are none, and each look takes in all that it has loaded."""
+    was = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was:
+            gc.enable()
+
+
 class _Node:
-    """A composed value: what it is (`data`), where, and what is in it.
+    """A composed scalar: what it is (`data`), where, and as it was written where it is plain."""
+
+    __slots__ = ("data", "mark", "text")
+
+    children: list[_Node] | dict[str, tuple[_Node, _Node]] | None = None
+    height = 0
+    size = 1
+
+    def __init__(self, mark: Any, data: Any, text: str | None = None) -> None:
+        self.mark = mark
+        self.data = data
+        self.text = text
+
+    @property
+    def line(self) -> int:
+        line: int = self.mark.line
+        return line + 1
+
+    @property
+    def column(self) -> int:
+        column: int = self.mark.column
+        return column + 1
+
+
+class _Collection(_Node):
+    """A composed list or mapping, or what an alias stands for.
 
     `children` are nodes for a list, pairs of key and value for a mapping; `height` counts the collections from here
     down, `size` the nodes. `key` and `merged` serve while a mapping is open.
     """
 
-    __slots__ = ("children", "column", "data", "height", "key", "line", "merged", "size", "text")
+    __slots__ = ("children", "height", "key", "merged", "size")
 
-    def __init__(self, line: int, column: int, data: Any, text: str | None = None, children: Any = None) -> None:
-        self.line = line
-        self.column = column
-        self.data = data
-        self.text = text
-        self.children: list[_Node] | dict[str, tuple[_Node, _Node]] | None = children
-        self.height = 0 if children is None else 1
+    def __init__(self, mark: Any, data: Any, children: Any, text: str | None = None) -> None:
+        super().__init__(mark, data, text)
+        self.children = children
+        self.height = 1
         self.size = 1
         self.key: _Node | None = None
         self.merged: list[_Node] | None = None
@@ -214,8 +251,8 @@ class _Composer:
         self.text = text
         self.source = source
         self.problems: list[MergeflowError] = []
-        self.root = _Node(1, 1, None)
-        self.open: list[_Node] = []
+        self.root = _Node(yaml.Mark(source, 0, 0, 0, None, 0), None)
+        self.open: list[_Collection] = []
         self.anchors: dict[str, _Node] = {}
         self.nodes = 0
         self.aliases = 0
@@ -247,47 +284,47 @@ class _Composer:
     def _events(self) -> Iterator[yaml.Event]:
         """The parser's events; what it raises becomes a RecipeError behind the problems found so far."""
         try:
-            yield from yaml.parse(self.text, Loader=_PARSER)
+            # Not through `yaml.parse`, a generator that asks for each event twice.
+            yield from iter(_PARSER(self.text).get_event, None)
         except yaml.MarkedYAMLError as error:
             self.problems.append(_syntax_error(error, self.text, self.source, self.open))
         except (yaml.YAMLError, ValueError, OverflowError):
             # PyYAML's own parser lets a ValueError or OverflowError of `chr` and `int` through, without a place.
             self.problems.append(RecipeError("this is not readable as YAML", where=f"{self.source}:1:1"))
 
-    def _problem(self, place: Any, what: str, fix: str = "") -> None:
-        """Keep a problem at a node or mark, and go on unless there are enough of them."""
-        line, column = (place.line, place.column) if isinstance(place, _Node) else (place.line + 1, place.column + 1)
-        self.problems.append(RecipeError(what, where=f"{self.source}:{line}:{column}", fix=fix))
+    def _problem(self, mark: Any, what: str, fix: str = "") -> None:
+        """Keep a problem at a mark, and go on unless there are enough of them."""
+        self.problems.append(RecipeError(what, where=f"{self.source}:{mark.line + 1}:{mark.column + 1}", fix=fix))
         if len(self.problems) >= MAX_PROBLEMS:
             raise_all(self.problems)
 
-    def _stop(self, place: Any, what: str, fix: str = "") -> None:
-        self._problem(place, what, fix)
+    def _stop(self, mark: Any, what: str, fix: str = "") -> None:
+        self._problem(mark, what, fix)
         raise_all(self.problems)
 
     def _scalar(self, event: Any) -> None:
         mark = event.start_mark
         value: str = event.value
-        plain = not event.style
+        text = None if event.style else value
         data: Any = value
-        as_key = bool(self.open) and type(self.open[-1].children) is dict and self.open[-1].key is None
-        if plain:
+        if text is not None:
             try:
                 data = _resolved(value)
             except RecipeError as error:
                 data = None
-                if not as_key:
+                parent = self.open[-1] if self.open else None
+                if parent is None or type(parent.children) is list or parent.key is not None:
                     self._problem(mark, error.what, error.fix)
         elif _UNUSABLE.search(value):
             self._problem(mark, "this text holds an escaped NUL or half a character", "Take the escape out.")
-        node = _Node(mark.line + 1, mark.column + 1, data, value if plain else None)
+        node = _Node(mark, data, text)
         self._begin(event, node)
         self._place(node)
 
     def _enter(self, event: Any, data: Any, children: Any) -> None:
-        node = _Node(event.start_mark.line + 1, event.start_mark.column + 1, data, None, children)
+        node = _Collection(event.start_mark, data, children)
         if len(self.open) >= MAX_DEPTH:
-            self._stop(node, f"lists and mappings are nested more than {MAX_DEPTH} deep")
+            self._stop(node.mark, f"lists and mappings are nested more than {MAX_DEPTH} deep")
         self._begin(event, node)
         node.size = -self.nodes
         self.open.append(node)
@@ -303,15 +340,15 @@ class _Composer:
         """Count a node, refuse its tag, remember its anchor."""
         self.nodes += 1
         if self.nodes > MAX_NODES:
-            self._stop(node, f"aliases make this file more than {MAX_NODES:,} values")
+            self._stop(node.mark, f"aliases make this file more than {MAX_NODES:,} values")
         if event.tag is not None:
             fix = "Leave it out, or put a text that starts with '!' in quotes."
-            self._problem(node, f"tags such as {_shown(event.tag)} are not accepted", fix)
+            self._problem(node.mark, f"tags such as {_shown(event.tag)} are not accepted", fix)
         name = event.anchor
         if name is not None:
             if name in self.anchors:
                 first = self.anchors[name].line
-                self._problem(node, f"the anchor {_shown('&' + name)} was already set in line {first}")
+                self._problem(node.mark, f"the anchor {_shown('&' + name)} was already set in line {first}")
             self.anchors[name] = node
 
     def _alias(self, event: Any) -> None:
@@ -324,7 +361,7 @@ class _Composer:
             what = f"{_shown('*' + name)} is no anchor of this file"
             self._problem(mark, what, f"{_star_fix('*' + name)} {near}".rstrip())
             # Stands in for any value, text or mapping, so that one mistake is one problem.
-            self._place(_Node(mark.line + 1, mark.column + 1, "", None, {}))
+            self._place(_Collection(mark, "", {}))
             return
         if target in self.open:
             self._stop(mark, f"{_shown('*' + name)} stands inside the value it names")
@@ -336,7 +373,7 @@ class _Composer:
             self._stop(mark, f"aliases make this file more than {MAX_NODES:,} values")
         if len(self.open) + target.height > MAX_DEPTH:
             self._stop(mark, f"through this alias, lists and mappings are nested more than {MAX_DEPTH} deep")
-        node = _Node(mark.line + 1, mark.column + 1, _copied(target.data), target.text, target.children)
+        node = _Collection(mark, _copied(target.data), target.children, target.text)
         node.height = target.height
         self._place(node)
 
@@ -349,7 +386,7 @@ class _Composer:
         if node.height >= parent.height:
             parent.height = node.height + 1
         children = parent.children
-        if isinstance(children, list):
+        if type(children) is list:
             parent.data.append(node.data)
             children.append(node)
             return
@@ -369,7 +406,7 @@ class _Composer:
             first = children[name][0].line
             lines = f"lines {first} and {key.line}" if first != key.line else f"line {first}"
             what = f"the key {_shown(name)} is here twice, in {lines}"
-            self._problem(key, what, "Keep one of them.")
+            self._problem(key.mark, what, "Keep one of them.")
         else:
             parent.data[name] = node.data
             children[name] = (key, node)
@@ -380,25 +417,27 @@ class _Composer:
             return
         if key.children is not None:
             what = "a list or a mapping stands where a key must be"
-            self._problem(key, what, "Put a text that starts with '{' or '[' in quotes.")
+            self._problem(key.mark, what, "Put a text that starts with '{' or '[' in quotes.")
         elif not key.text:
-            self._problem(key, "there is no key before this ':'")
+            self._problem(key.mark, "there is no key before this ':'")
         else:
             kind = "a number" if key.text not in _WORDS else "null" if key.data is None else "true or false"
             what = f"the key {_shown(key.text)} is read as {kind}, and keys are texts"
-            self._problem(key, what, f"Put it in quotes: {_in_quotes(key.text)}.")
+            self._problem(key.mark, what, f"Put it in quotes: {_in_quotes(key.text)}.")
 
-    def _add_merged(self, parent: _Node, key: _Node, node: _Node) -> None:
+    def _add_merged(self, parent: _Collection, key: _Node, node: _Node) -> None:
         sources = node.children if isinstance(node.children, list) else [node]
         if parent.merged is not None:
-            self._problem(key, f"'<<' is here twice, the second time in line {key.line}", "Write '<<: [*a, *b]'.")
+            self._problem(key.mark, f"'<<' is here twice, the second time in line {key.line}", "Write '<<: [*a, *b]'.")
         elif all(isinstance(source.children, dict) for source in sources):
             parent.merged = sources
         else:
-            self._problem(node, "'<<' takes a mapping or a list of mappings", "Write '<<: *name' or '<<: [*a, *b]'.")
+            self._problem(
+                node.mark, "'<<' takes a mapping or a list of mappings", "Write '<<: *name' or '<<: [*a, *b]'."
+            )
 
 
-def _merge(node: _Node) -> None:
+def _merge(node: _Collection) -> None:
     """Fill a mapping up from what its `<<` names: its own keys win, then the first source that has the key."""
     children: dict[str, tuple[_Node, _Node]] = {}
     assert node.merged is not None and isinstance(node.children, dict)
@@ -438,6 +477,8 @@ def _resolved(text: str) -> str | int | float | bool | None:
 
 
 def _integer(text: str) -> int:
+    if len(text) <= 18 and text.isdecimal():  # whatever has so few digits fits
+        return int(text)
     base = {"0o": 8, "0x": 16}.get(text[:2], 10)
     digits = (text[2:] if base != 10 else text.lstrip("+-")).lstrip("0") or "0"
     # `int` is quadratic in the digits, and refuses more than 4,300: the length comes first.
@@ -536,7 +577,7 @@ _PHRASES = (
 )
 
 
-def _syntax_error(error: yaml.MarkedYAMLError, text: str, source: str, inside: list[_Node]) -> RecipeError:
+def _syntax_error(error: yaml.MarkedYAMLError, text: str, source: str, inside: Sequence[_Node]) -> RecipeError:
     """What either of PyYAML's parsers says, in plain words, with the fix for what is written most often.
 
     `inside` are the lists and mappings that are open at the error, outermost first.

@@ -5,12 +5,12 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
+from clock import seconds
 
 from mergeflow.checkpoint import encode_header, open_checkpoint
 from mergeflow.dtypes import BY_NAME
@@ -262,9 +262,8 @@ def test_leading_zeros_still_make_a_stack(tmp_path: Path) -> None:
 def test_folding_hostile_names_takes_little_time() -> None:
     diagonal = names(*(f"a.{i}.{i}.w" for i in range(20_000)))
     long = names(*(f"{'1.' * 200}{i}.{i}" for i in range(2_000)))
-    start = time.process_time()
     assert sum(len(held) for _, held in folded([*diagonal, *long])) == 22_000
-    assert time.process_time() - start < 3
+    assert seconds(lambda: list(folded([*diagonal, *long])), 1) < 1
 
 
 def test_no_torch_is_needed() -> None:

@@ -183,7 +183,7 @@ def parse(document: Document, settings: Mapping[str, Any], default_name: str) ->
 
 def place_in(document: Document, path: Path, key: bool = False) -> str:
     """`file:line:column` of a part of a document, or its keys where the recipe was built in Python."""
-    if document.positions:
+    if () in document.positions:
         return document.where(path, key=key)
     return ".".join(map(str, (document.source, *path)))
 

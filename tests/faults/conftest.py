@@ -15,13 +15,7 @@ from typing import Any
 import pytest
 from trials import Trials
 
-FIGURES = pytest.StashKey[list[dict[str, Any]]]()
-
 Record = Callable[[str, "int | str", "int | str", str], None]
-
-
-def pytest_configure(config: pytest.Config) -> None:
-    config.stash[FIGURES] = []
 
 
 @pytest.fixture
@@ -32,7 +26,7 @@ def record(request: pytest.FixtureRequest) -> Record:
     def note(row: str, asked: int | str, run: int | str, outcome: str) -> None:
         seconds = round(time.monotonic() - began, 1)
         line = {"row": row, "asked": asked, "run": run, "outcome": outcome, "seconds": seconds}
-        request.config.stash[FIGURES].append(line)
+        request.node.user_properties.append(("figure", line))  # comes with the report from another process, too
 
     return note
 
@@ -45,8 +39,9 @@ def trials(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Trials]:
     found.close()
 
 
-def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
-    figures = config.stash[FIGURES]
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    ended = [report for kind in ("passed", "failed") for report in terminalreporter.stats.get(kind, ())]
+    figures = [line for report in ended for name, line in report.user_properties if name == "figure"]
     ours = {
         kind: [report for report in terminalreporter.stats.get(kind, ()) if "tests/faults/" in report.nodeid]
         for kind in ("skipped", "failed", "error")
