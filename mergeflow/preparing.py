@@ -453,12 +453,13 @@ def _model_of(
             space = "delta"
         elif isinstance(found, Statistics):
             space = "statistics"
-        if source is not None and source.file is not None:
-            raise RecipeError(
-                f"the stage '{stage.node.name}' runs a whole folder, and '{name}' names one file in it",
-                where=recipe.where(("models", name, "file")),
-                fix="Name a folder that holds this model alone.",
-            )
+        for key in ("file", "only", "rename"):
+            if getattr(source, key, None) is not None:
+                raise RecipeError(
+                    f"the stage '{stage.node.name}' runs a whole folder, and `{key}` makes '{name}' a part of one",
+                    where=recipe.where(("models", name, key)),
+                    fix=f"Name a folder that holds this model alone; an entry without `{key}` may stand beside this one.",
+                )
     try:
         stage.op.space(None, (space,))  # type: ignore[arg-type]
     except RecipeError as error:

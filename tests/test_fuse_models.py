@@ -22,7 +22,7 @@ from toys import call
 from mergeflow import pipeline
 from mergeflow.errors import InputError, MergeflowError, NumericError, RecipeError
 from mergeflow.recipe import load_recipe
-from mergeflow.stages.fuse import teaching, training
+from mergeflow.stages.fuse import capturing, teaching, training
 
 __all__ = ["ran"]
 TRAIN: dict[str, Any] = {"epochs": 2, "batch_tokens": 120, "micro_batch_tokens": 64, "lr": 1e-3, "checkpoint_every": 2}
@@ -129,11 +129,33 @@ def test_plain_training_runs_no_source_and_is_what_a_loop_of_ones_own_gives(here
             assert torch.allclose(one, made[name], atol=2e-5), name
 
 
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {},
+        {"loss": {"kind": "kl"}},
+        {"loss": {"kind": "alm"}, "capture": {}},
+        {"loss": {"kind": "alm"}, "capture": {}, "fusion": {"function": "avg"}},
+        {"align": {"unmatched": "skip"}},
+        {"align": {"unmatched": "skip"}, "fusion": {"function": "avg", "granularity": "block"}},
+        {"loss": {"clm_weight": 1}, "capture": {}},
+    ],
+)
+def test_what_of_a_step_runs_together_changes_nothing(here: Path, changed: dict[str, Any]) -> None:
+    one, several = (
+        steps(fuse(here, f"out{size}", train={**TRAIN, "batch_tokens": 10_000, "micro_batch_tokens": size}, **changed))[
+            0
+        ]
+        for size in (64, 10_000)
+    )
+    assert one == pytest.approx(several, rel=1e-4)
+
+
 def test_packed_rows_teach_what_rows_of_one_document_do(here: Path) -> None:
     train = {**TRAIN, "batch_tokens": 10_000, "micro_batch_tokens": 128}
     packed, alone = (steps(fuse(here, f"out{pack}", pack=pack, train=train))[0] for pack in (True, False))
     for name in ("clm_loss", "fuse_loss"):
-        assert packed[name] == pytest.approx(alone[name], rel=2e-2 if name == "fuse_loss" else 1e-5)
+        assert packed[name] == pytest.approx(alone[name], rel=1e-5)
 
 
 def test_what_is_kept_is_used_again_as_far_as_it_is_the_same(here: Path, ran: list[str]) -> None:
@@ -193,8 +215,13 @@ def test_the_papers_preset_gives_way_to_what_is_written(here: Path, ran: list[st
     found = steps(fuse(here, **plain))
     assert sorted(ran) == ["a", "b", "start", "start", "start"], "the start is one of its sources"
     assert found[0]["loss"] == pytest.approx(0.9 * found[0]["clm_loss"] + 0.1 * found[0]["fuse_loss"], rel=1e-5)
-    found = steps(fuse(here, "other", loss={"clm_weight": 0.5}, **plain))
+    ran.clear()
+    found = steps(fuse(here, "other", loss={"clm_weight": 0.5}, include_self=False, **plain))
     assert found[0]["loss"] == pytest.approx(0.5 * found[0]["clm_loss"] + 0.5 * found[0]["fuse_loss"], rel=1e-5)
+    assert ran == ["start"], "of the sources nothing is new, and the start is none"
+    made = {name: (here / name / "model.safetensors").read_bytes() for name in ("out", "other")}
+    fuse(here, "again", include_self=True, **plain)
+    assert (here / "again/model.safetensors").read_bytes() == made["out"] != made["other"]
 
 
 @pytest.mark.parametrize("changed", [{}, {"loss": {"kind": "alm"}, "capture": {}}, {"loss": {"clm_weight": 1}, "capture": {}}])  # fmt: skip
@@ -209,6 +236,133 @@ def test_a_plan_says_about_what_disk_a_fuse_takes(here: Path, changed: Mapping[s
     assert told["needs"]["disk"] == pytest.approx(kept + 12 * count, rel=0.5)
     assert told["needs"]["memory"] >= 16 * count
     assert result.rows
+
+
+# Settings
+
+
+ONE_STEP = {**TRAIN, "epochs": 1, "batch_tokens": 10_000}
+
+
+ALM: dict[str, Any] = {"loss": {"kind": "alm"}, "capture": {}}
+AVG: dict[str, Any] = {"fusion": {"function": "avg"}}
+SETTINGS: list[tuple[dict[str, Any], dict[str, Any]]] = [
+    ({"align": {"unmatched": "skip"}}, {}),
+    ({"align": {"vocab": "exact"}}, {}),
+    ({"align": {"vocab": "min_edit"}}, {}),
+    ({"align": {"valid": "end"}}, {}),
+    ({"align": {"method": "dtw"}}, {}),
+    ({"align": {"chunk_correction": False}}, {}),
+    ({"capture": {"top_k": 8, "min_mass": 0.02}}, {}),
+    ({"capture": {"top_k": 8, "dtype": "float32"}}, {}),
+    ({"fusion": {"function": "max"}}, {}),
+    ({"fusion": {"function": "static"}}, {}),
+    (AVG, {}),
+    ({"fusion": {"function": "avg_fusellm"}}, AVG),
+    ({"fusion": {"function": "avg", "temperature": 0.1}}, AVG),
+    ({"fusion": {"function": "avg", "metric": "token_cross_entropy"}}, AVG),
+    ({"fusion": {"function": "avg", "granularity": "block"}}, AVG),
+    ({"loss": {"tail": "renormalise"}}, {}),
+    ({"loss": {"teacher_temperature": 2.0}}, {}),
+    ({"loss": {"student_temperature": 2.0}}, {}),
+    ({"loss": {"kind": "alm", "alm_tau": 2.0}, "capture": {}}, ALM),
+    ({"sources": [{"model": "a", "dtype": "bfloat16"}, "b"]}, {}),
+]
+"""Changed settings, and those that they stand beside."""
+
+
+def test_each_setting_reaches_what_is_taught(here: Path) -> None:
+    """Against the same without it: plain training is the same, what the sources teach is not."""
+    found: dict[str, dict[str, float]] = {}
+    for number, given in enumerate(given for pair in SETTINGS for given in pair):
+        if str(given) not in found:
+            found[str(given)] = steps(fuse(here, f"out{number}", train=ONE_STEP, **given))[0]
+    for changed, beside in SETTINGS:
+        one, other = found[str(beside)], found[str(changed)]
+        assert one["clm_loss"] == other["clm_loss"], changed
+        assert math.isfinite(other["fuse_loss"]) and one["fuse_loss"] != other["fuse_loss"], changed
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"sources": [{"model": "a", "batch_tokens": 64}, "b"]},
+        {"train": {**ONE_STEP, "gradient_checkpointing": True}},
+        {"fusion": {"function": "static"}, "sources": [{"model": "a", "weight": 0.0}, {"model": "b", "weight": 2.0}]},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_what_is_the_same_by_other_means_is_the_same(here: Path, changed: dict[str, Any]) -> None:
+    beside = {"sources": ["b"]} if "fusion" in changed else {}
+    one, other = (
+        steps(fuse(here, f"out{number}", **{"train": ONE_STEP, **given}))[0]
+        for number, given in enumerate((beside, changed))
+    )
+    assert one == pytest.approx(other, rel=1e-5)
+
+
+def test_the_texts_of_messages_are_those_that_the_template_makes(here: Path) -> None:
+    template = "{% for one in messages %}[{{ one.role }}] {{ one.content }} {% endfor %}"
+    for name in KINDS:
+        path = here / name / "tokenizer_config.json"
+        path.write_text(json.dumps({**json.loads(path.read_text()), "chat_template": template}))
+    told = [[{"role": "user", "content": text}] for text in TEXTS[:4]]
+    (here / "texts.jsonl").write_text("".join(json.dumps({"chat": one}) + "\n" for one in told))
+    chat = run(here, "out_chat", node=FUSED, corpora={"texts": {"path": "./texts.jsonl", "messages": "chat"}})
+    (here / "texts.jsonl").write_text("".join(json.dumps({"text": f"[user] {text} "}) + "\n" for text in TEXTS[:4]))
+    fuse(here)
+    assert (here / "out_chat/model.safetensors").read_bytes() == (here / "out/model.safetensors").read_bytes()
+    assert chat.made
+
+
+def test_rows_of_the_head_that_no_token_has_are_not_asked(here: Path) -> None:
+    """A head that is padded to a round number, as many are."""
+    plain = steps(fuse(here, train=ONE_STEP))[0]
+    state = load_file(here / "start/model.safetensors")
+    wte = state["transformer.wte.weight"]
+    state["transformer.wte.weight"] = torch.cat([wte, 9 * torch.ones(20, wte.shape[1])])
+    save_file(state, here / "start/model.safetensors", metadata={"format": "pt"})
+    config = here / "start/config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "vocab_size": 320}))
+    padded = steps(fuse(here, "out_padded", train=ONE_STEP))[0]
+    for name in ("clm_loss", "fuse_loss"):
+        assert padded[name] == pytest.approx(plain[name], rel=1e-5)
+    assert weights(here / "out_padded")["transformer.wte.weight"].shape[0] == 320
+
+
+def test_documents_for_which_a_source_gives_nan_are_left_out_and_told(
+    here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One of eight, which alone comes to the place where a source has no number; one of a thousand would be few enough."""
+    monkeypatch.setattr(capturing, "MOST_DROPPED", 0.2)
+    state = load_file(here / "b/model.safetensors")
+    state["transformer.wpe.weight"][40:] = torch.nan
+    save_file(state, here / "b/model.safetensors", metadata={"format": "pt"})
+    lines = [*(json.dumps({"text": f"{number} is a number"}) for number in range(7)), json.dumps({"text": "0" * 50})]
+    (here / "texts.jsonl").write_text("\n".join(lines))
+    # Each alone: what is masked is not seen, but NaN times 0 is NaN.
+    settings = {"sources": ["a", {"model": "b", "batch_tokens": 1}], "train": ONE_STEP}
+    models = {name: f"./{name}" for name in KINDS}
+    data = {"texts": {"path": "./texts.jsonl"}}
+    write_recipe(here, {"fused": {**FUSED, **settings}}, models=models, data=data, output={"node": "fused"})
+    done = call("run", "recipe.yaml", "-o", "out")
+    assert done.code == 0 and "documents with NaN or Inf, left out: 1" in done.err, done.err
+    left = steps(fuse(here, "again", **settings))
+    (here / "texts.jsonl").write_text("\n".join(lines[:-1]))
+    assert steps(fuse(here, "without", **settings)) == [pytest.approx(one, rel=1e-4) for one in left]
+
+
+def test_shards_are_opened_as_they_are_asked_for_and_closed(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fuse(here, "whole")
+    assert call("cache", "clear").code == 0
+    monkeypatch.setattr(capturing, "TOKENS_A_SHARD", 100)
+    monkeypatch.setattr(capturing, "SHARDS_OPEN", 2)
+    opened: list[str] = []
+    mapped = capturing.mapped
+    monkeypatch.setattr(capturing, "mapped", lambda path: opened.append(str(path)) or mapped(path))
+    fuse(here)
+    assert len(opened) > len(set(opened)) >= 5, "one that was closed is opened again"
+    assert (here / "out/model.safetensors").read_bytes() == (here / "whole/model.safetensors").read_bytes()
 
 
 # What cannot be

@@ -221,7 +221,9 @@ class Fuse(StageOp):
 
     task: Literal["classification", "causal_lm"] = Field(description="What the models are.")
     sources: tuple[Source, ...] = Field(default=(), description="What each source says for itself, in their order.")
-    include_self: Flag = Field(default=False, description="The target as it starts is one more source.")
+    include_self: Flag | None = Field(
+        default=None, description="The target as it starts is one more source; default: false, and true with a preset."
+    )
     pack: Flag = Field(
         default=True,
         description="causal_lm: several documents in one row in training, none of which sees another; else one a row, filled up.",
@@ -243,20 +245,18 @@ class Fuse(StageOp):
     @property
     def self_too(self) -> bool:
         """Whether the target as it starts is one more source."""
-        return self.include_self or self.preset is not None
+        return self.preset is not None if self.include_self is None else self.include_self
 
     @property
     def settled(self) -> Fuse:
         """The same with what its preset says put in."""
-        if self.preset is None:
-            return self
         parts = {
             part: getattr(self, part).model_copy(
                 update={key: one for key, one in values.items() if key not in getattr(self, part).model_fields_set}
             )
-            for part, values in PRESETS[self.preset].items()
+            for part, values in PRESETS.get(self.preset or "", {}).items()
         }
-        return self.model_copy(update={**parts, "include_self": True, "preset": None})
+        return self.model_copy(update={**parts, "include_self": self.self_too, "preset": None})
 
     @property
     def deciding(self) -> dict[str, Any]:

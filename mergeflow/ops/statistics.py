@@ -41,7 +41,9 @@ class StageOp(Op):
 
     batch_size: Times = Field(default=8, description="Examples that run through the model together.")
     max_length: Times | None = Field(
-        default=None, description="Tokens of a text that count, the rest is cut; default: the model's whole context."
+        default=None,
+        description="Tokens of a text that count; the rest is cut, and in `fuse` with `task: causal_lm` a document of its own. "
+        "Default: the model's whole context.",
     )
 
     @property

@@ -29,7 +29,7 @@ from mergeflow.checkpoint.statistics import StageOp as OpNote
 from mergeflow.errors import InputError, NumericError, RecipeError
 from mergeflow.ops.statistics import Gram, StatisticsOp
 from mergeflow.settings import matches, places
-from mergeflow.stages import Predicted, StageJob, data, models, naming, reusing
+from mergeflow.stages import Predicted, StageJob, data, models, naming, reusing, scratch
 
 if TYPE_CHECKING:
     import torch
@@ -490,10 +490,8 @@ class Kept(Mapping[str, "Tensor"]):
 
     def add(self, tensors: Mapping[str, Tensor]) -> None:
         """Keep the tensors of one group."""
-        from safetensors.torch import save_file
-
         path = self.folder / f"{len(self.files):06}.safetensors"
-        save_file(dict(tensors), path)
+        scratch.save(path, tensors)
         self.files |= dict.fromkeys(tensors, path)
 
     def __getitem__(self, name: str) -> Tensor:

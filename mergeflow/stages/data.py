@@ -241,12 +241,17 @@ def _all_rows(source: DataSource, folder: Path, counts: Counts) -> Iterator[Row]
             raise InputError(f"cannot be read: {error.strerror or error}", where=str(file)) from None
 
 
+def _named(file: Path, root: Path) -> str:
+    """A file as rows and messages name it: in a folder of data by its path there, since names alone may come twice."""
+    return file.relative_to(root).as_posix() if file != root else file.name
+
+
 def _jsonl(file: Path, root: Path, counts: Counts) -> Iterator[Row]:
     if file.suffix.lower() == ".json":
-        yield from _json(file, counts)
+        yield from _json(file, root, counts)
         return
     for number, line in _lines(file):
-        where = f"{file.name}:{number}"
+        where = f"{_named(file, root)}:{number}"
         try:
             fields = json.loads(line)
         except (ValueError, RecursionError):
@@ -274,7 +279,7 @@ def _lines(file: Path) -> Iterator[tuple[int, str]]:
                 yield number, line
 
 
-def _json(file: Path, counts: Counts) -> Iterator[Row]:
+def _json(file: Path, root: Path, counts: Counts) -> Iterator[Row]:
     try:
         found = json.loads(file.read_text(encoding="utf-8-sig"))
     except UnicodeDecodeError:
@@ -285,9 +290,9 @@ def _json(file: Path, counts: Counts) -> Iterator[Row]:
         raise InputError("is not a list of objects", where=str(file), fix="One object a line is a .jsonl file.")
     for number, fields in enumerate(found, start=1):
         if isinstance(fields, dict):
-            yield Row(f"{file.name}:{number}", fields)
+            yield Row(f"{_named(file, root)}:{number}", fields)
         else:
-            counts.leave_out(f"{file.name}:{number}", "is not a JSON object")
+            counts.leave_out(f"{_named(file, root)}:{number}", "is not a JSON object")
 
 
 def _csv(file: Path, root: Path, counts: Counts) -> Iterator[Row]:
@@ -303,7 +308,7 @@ def _csv(file: Path, root: Path, counts: Counts) -> Iterator[Row]:
                     fix="Give each column a name of its own.",
                 )
             for fields in reader:
-                where = f"{file.name}:{reader.line_num}"
+                where = f"{_named(file, root)}:{reader.line_num}"
                 if None in fields or None in fields.values():
                     counts.leave_out(where, "has another number of fields than the first line")
                 else:
@@ -337,20 +342,19 @@ def _parquet(file: Path, root: Path, counts: Counts) -> Iterator[Row]:
         for batch in parquet.ParquetFile(file).iter_batches():
             for fields in batch.to_pylist():
                 number += 1
-                yield Row(f"{file.name}:{number}", fields)
+                yield Row(f"{_named(file, root)}:{number}", fields)
     except (ArrowException, OSError, ValueError, OverflowError) as error:
         raise InputError(f"is not Parquet that can be read: {str(error)[:200]}", where=str(file)) from None
 
 
 def _text(file: Path, root: Path, counts: Counts) -> Iterator[Row]:
     for number, line in _lines(file):
-        yield Row(f"{file.name}:{number}", {"text": line.strip()})
+        yield Row(f"{_named(file, root)}:{number}", {"text": line.strip()})
 
 
 def _images(file: Path, root: Path, counts: Counts) -> Iterator[Row]:
-    inside = file.relative_to(root).parts if root.is_dir() else ()
-    label = {"label": inside[0]} if len(inside) > 1 else {}
-    yield Row("/".join(inside) or file.name, {"image": file, **label})
+    inside = file.relative_to(root).parts
+    yield Row(_named(file, root), {"image": file, **({"label": inside[0]} if len(inside) > 1 else {})})
 
 
 _READERS: Mapping[str, Callable[[Path, Path, Counts], Iterator[Row]]] = {
@@ -606,8 +610,8 @@ class _Text(_Encoder):
         self.tokenizer = self.make_tokenizer()
         own = self.tokenizer.model_max_length
         own = own if isinstance(own, int) and own < 10**9 else None
-        limits = [limit for limit in (folder.context, own, max_length) if limit]
-        self.longest = min(limits) if limits else NO_CONTEXT
+        longest = folder.longest(max_length, own or NO_CONTEXT)
+        self.longest = min(longest, own) if own else longest
         ids = (self.tokenizer.pad_token_id, folder.config.get("pad_token_id"), self.tokenizer.eos_token_id, 0)
         self.pad = next(one for one in ids if isinstance(one, int) and one >= 0)
         start = folder.config.get("decoder_start_token_id")

@@ -83,7 +83,7 @@ def tokens_of(op: StatisticsOp | RegMeanPP, folder: models.Folder, rows: Sequenc
         return len(rows)
     vocabulary = folder.number("vocab_size")
     characters = max(1.0, CHARACTERS_A_BIT * math.log2(max(vocabulary, 2)))
-    longest = min(op.max_length or folder.context or data.NO_CONTEXT, folder.context or data.NO_CONTEXT)
+    longest = folder.longest(op.max_length, data.NO_CONTEXT)
     return sum(min(math.ceil(size / characters), longest) for size in rows)
 
 

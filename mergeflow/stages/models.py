@@ -101,6 +101,10 @@ class Folder:
         found = self.number("max_position_embeddings", "n_positions", "n_ctx", "max_sequence_length")
         return found - (2 if self.config.get("model_type") in _OFFSET else 0) if found else None
 
+    def longest(self, asked: int | None, unknown: int) -> int:
+        """Tokens of a text that it reads: no more than its context and than what is asked for; `unknown` where neither is given."""
+        return min((limit for limit in (self.context, asked) if limit), default=unknown)
+
     def number(self, *keys: str) -> int:
         """The first positive number that config.json, or else its part for text, has under one of these; 0 where it has none."""
         text = self.config.get("text_config")

@@ -19,7 +19,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mergeflow.stages import collecting, data, models, naming, offloading
+from mergeflow.stages import collecting, data, models, naming, offloading, scratch
 from mergeflow.stages.filling import Filling, give_back
 
 if TYPE_CHECKING:
@@ -51,8 +51,6 @@ class _Outputs:
 
     def put(self, number: int, tensor: Tensor) -> None:
         """Keep the output for a batch, in place of the one before."""
-        from safetensors.torch import save_file
-
         before = self.kept.pop(number, None)
         self.held -= 0 if before is None else before.nbytes
         if self.held + tensor.nbytes <= self.memory:
@@ -60,7 +58,7 @@ class _Outputs:
             self.held += tensor.nbytes
             return
         self.folder.mkdir(parents=True, exist_ok=True)
-        save_file({"x": tensor.detach().cpu().contiguous()}, self._path(number))
+        scratch.save(self._path(number), {"x": tensor.detach().cpu().contiguous()})
 
     def get(self, number: int, device: str) -> Tensor:
         """The output for a batch."""

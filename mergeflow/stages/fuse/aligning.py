@@ -17,6 +17,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from mergeflow.stages import scratch
 from mergeflow.stages.fuse.distances import bare, distances
 from mergeflow.stages.fuse.tokenising import Integers, Tokenised, Tokenizer, read_tensors
 
@@ -38,9 +39,7 @@ class Aligned:
 
     def save(self, folder: Path) -> None:
         """Write both."""
-        from safetensors.numpy import save_file
-
-        save_file({"starts": self.starts, "stops": self.stops}, folder / ALIGNED)
+        scratch.save(folder / ALIGNED, {"starts": self.starts, "stops": self.stops})
 
     @classmethod
     def open(cls, folder: Path) -> Aligned:

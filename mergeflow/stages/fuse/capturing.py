@@ -20,6 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mergeflow.errors import InputError, NumericError
+from mergeflow.stages import scratch
 from mergeflow.stages.collecting import MOST_DROPPED
 from mergeflow.stages.fuse.shards import Shards
 from mergeflow.stages.fuse.tokenising import Integers, Tokenised, read_tensors
@@ -29,6 +30,8 @@ if TYPE_CHECKING:
 
 SCORES = "scores.safetensors"
 TOKENS_A_SHARD = 1 << 16
+SHARDS_OPEN = 128
+"""Of one source. A file that is mapped is an open one: of 10^8 tokens there are 1,500, and a process may have 1,024."""
 _LOGITS_AT_ONCE = 1 << 24
 """Logits whose likeliest are looked for at once."""
 
@@ -103,13 +106,15 @@ class Captured:
 
     def _shard(self, number: int) -> Mapping[str, Any]:
         """A shard's arrays, mapped from the file: what is not looked at is not read."""
-        if number not in self._open:
-            found: dict[str, Any] = mapped(self.folder / _name(number))
+        found: dict[str, Any] | None = self._open.pop(number, None)
+        if found is None:
+            found = mapped(self.folder / _name(number))
             if "counts" in found:
                 found["ends"] = np.cumsum(found["counts"], dtype=np.int64)
-            self._open[number] = found
-        opened: Mapping[str, Any] = self._open[number]
-        return opened
+            if len(self._open) >= SHARDS_OPEN:
+                del self._open[next(iter(self._open))]  # the one that has not been asked for the longest
+        self._open[number] = found
+        return found
 
 
 def mapped(path: Path) -> dict[str, NDArray[Any]]:
@@ -173,7 +178,7 @@ def capture(
     """
     import torch
 
-    _check_ids(model, tokenised)
+    check_ids(tokenised, len(model.get_input_embeddings().weight))  # type: ignore[operator]
     head: Any = getattr(model, "get_output_embeddings", lambda: None)()
     vocab = vocab if head is None else min(vocab, len(head.weight))  # a tokenizer may have ids that no logit is of
     keep = _Keep(vocab, min(top_k, vocab), min_mass, dtype)
@@ -198,12 +203,10 @@ def capture(
                     f"the model gives NaN or Inf for {bad} of {len(sizes)} documents so far",
                     fix="Look at its weights; at most 0.1% of documents are left out.",
                 )
-    from safetensors.numpy import save_file
-
     offsets = np.concatenate([[0], np.cumsum(np.maximum(sizes - 1, 0))]).astype(np.int64)
     whole = {key: np.concatenate([one[key] for one in scores]) for key in scores[0]}
     complete = np.array([keep.top_k == vocab and min_mass is None])
-    save_file({**whole, "shards": np.array(starts), "offsets": offsets, "complete": complete}, folder / SCORES)
+    scratch.save(folder / SCORES, {**whole, "shards": np.array(starts), "offsets": offsets, "complete": complete})
 
 
 def _shard_starts(sizes: Integers) -> list[int]:
@@ -268,10 +271,9 @@ def _said(
     return {key: torch.cat([one[key] for one in made]) for key in none}
 
 
-def _check_ids(model: nn.Module, tokenised: Tokenised) -> None:
-    """Raises InputError where the model lacks ids that the tokenizer gives."""
-    embeddings = model.get_input_embeddings()  # type: ignore[operator]
-    highest, rows = int(tokenised.ids.max(initial=0)), len(embeddings.weight)
+def check_ids(tokenised: Tokenised, rows: int) -> None:
+    """Raises InputError where a model with so many rows of embeddings lacks ids that the tokenizer gives."""
+    highest = int(tokenised.ids.max(initial=0))
     if highest >= rows:
         raise InputError(
             f"its tokenizer gives the id {highest}, and the model knows {rows}",

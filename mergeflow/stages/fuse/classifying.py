@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from mergeflow.errors import InputError, MachineError, NumericError, RecipeError, did_you_mean
 from mergeflow.ops.fuse import Fuse
-from mergeflow.stages import collecting, data, models
+from mergeflow.stages import collecting, data, models, scratch
 from mergeflow.stages.fuse.job import VERSION, FuseJob
 from mergeflow.stages.fuse.shards import Shards
 from mergeflow.stages.fuse.training import Lessons, Step, order
@@ -41,6 +41,12 @@ def check(op: Fuse, target: models.Folder, sources: Sequence[models.Folder]) -> 
         if folder.n_labels < 2 or kind in ("regression", "multi_label_classification"):
             given = kind if isinstance(kind, str) else f"{folder.n_labels} label"
             raise RecipeError(f"{folder.path.name} ({given}) does not choose one of several classes")
+        if folder.labels and sorted(folder.labels.values()) != list(range(folder.n_labels)):
+            raise RecipeError(
+                f"{folder.path.name} numbers its labels {sorted(folder.labels.values())[:8]}, and its {folder.n_labels} logits count "
+                "from 0",
+                fix="Mend `label2id` and `id2label` in its config.json.",
+            )
     for index in range(len(sources)):
         columns(op, target, sources, index)
 
@@ -150,21 +156,22 @@ def _capture(job: FuseJob, folder: models.Folder, dtype: str, what: str, path: P
     total = len(examples.examples)
     for start in range(0, total, EXAMPLES_A_SHARD):
         part = examples.examples[start : start + EXAMPLES_A_SHARD]
-        if shards.has(_shard(start)):
+        made = shards.has(_shard(start))
+        if made:
+            whole = shards.read(_shard(start))["logits"]
             job.progress(f"capture rows of {what}", len(part), total)
-            continue
-        if model is None:
-            model = models.load_model(folder, job.device).to(getattr(torch, dtype))
-            collecting.settle(model, examples)
-        found = []
-        for begin in range(0, len(part), job.op.batch_size):
-            job.check_stop()
-            batch = examples.batch(part[begin : begin + job.op.batch_size], device=job.device)
-            found.append(logits(model, batch, dtype).float().cpu())
-            job.progress(f"capture rows of {what}", len(batch.examples), total)
-        whole = torch.cat(found)
+        else:
+            if model is None:
+                model = models.load_model(folder, job.device).to(getattr(torch, dtype))
+                collecting.settle(model, examples)
+            found = []
+            for begin in range(0, len(part), job.op.batch_size):
+                job.check_stop()
+                batch = examples.batch(part[begin : begin + job.op.batch_size], device=job.device)
+                found.append(logits(model, batch, dtype).float().cpu())
+                job.progress(f"capture rows of {what}", len(batch.examples), total)
+            whole = torch.cat(found)
         good = torch.isfinite(whole).all(1)
-        whole[~good] = torch.nan
         dropped += int((~good).sum())
         if dropped > collecting.MOST_DROPPED * total:
             first = part[int((~good).nonzero()[0])].where
@@ -172,8 +179,10 @@ def _capture(job: FuseJob, folder: models.Folder, dtype: str, what: str, path: P
                 f"{what} gives NaN or Inf for {dropped} of {total} rows so far (first: {first})",
                 fix="Look at its weights; at most 0.1% of rows are left out.",
             )
-        shards.write(_shard(start), {"logits": whole})
-    (path / ROWS).write_text(json.dumps([example.where for example in examples.examples]))
+        if not made:
+            whole[~good] = torch.nan
+            shards.write(_shard(start), {"logits": whole})
+    scratch.put(path / ROWS, json.dumps([example.where for example in examples.examples]).encode())
 
 
 def logits(model: nn.Module, batch: data.Batch, dtype: str = "float32") -> Tensor:
@@ -273,12 +282,6 @@ def lessons(job: FuseJob, target: models.Folder, sources: Sequence[models.Folder
             found = Captured(found.rows, found.logits[:, columns(op, target, sources, index)])
         given.append(found)
     at = [{where: row for row, where in enumerate(one.rows)} for one in given]
-    for own, one in zip(at, given, strict=True):
-        if len(own) < len(one.rows):  # files of one name in several folders: rows would be taken for others
-            again = next(where for row, where in enumerate(one.rows) if own[where] != row)
-            raise InputError(
-                f"has two rows that are called {again}", where=job.data.path, fix="Give its files names of their own."
-            )
     shared = [example for example in examples.examples if all(example.where in one for one in at)]
     if not shared:
         raise InputError("has no row that all models can read", where=job.data.path)

@@ -100,5 +100,5 @@ def _tokens(op: Fuse, folder: models.Folder, rows: Sequence[int]) -> int:
     tokens = [int(size / characters) + 2 for size in rows]
     if op.task == "causal_lm":  # longer ones are cut in several
         return sum(tokens)
-    longest = min(op.max_length or data.NO_CONTEXT, folder.context or data.NO_CONTEXT)
+    longest = folder.longest(op.max_length, data.NO_CONTEXT)
     return sum(min(size, longest) for size in tokens)

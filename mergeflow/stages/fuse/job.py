@@ -15,7 +15,7 @@ from mergeflow.stages import Write
 if TYPE_CHECKING:
     from mergeflow.recipe.grammar import DataSource
 
-VERSION = 2
+VERSION = 3
 """Of what is kept between runs: goes up whenever its numbers or its form change."""
 
 Kept = Callable[[Mapping[str, Any], Callable[[Path], None]], Path]

@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 
 from mergeflow.errors import InputError, MachineError, MergeflowError, RecipeError
 from mergeflow.ops.fuse import Fuse
-from mergeflow.stages import data, models
+from mergeflow.stages import data, models, scratch
 from mergeflow.stages.fuse import aligning, capturing, losses, projecting, selecting, teaching, tokenising
 from mergeflow.stages.fuse.capturing import Captured
 from mergeflow.stages.fuse.job import VERSION, FuseJob
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
 MAP = "vocabulary.safetensors"
 NO_CONTEXT = 2048
-"""Tokens of a document where a model does not say how many it reads."""
+"""Tokens of a document where neither a model nor the recipe says how many it reads."""
 
 
 def check(op: Fuse, target: models.Folder, sources: Sequence[models.Folder]) -> None:
@@ -52,6 +52,12 @@ def check(op: Fuse, target: models.Folder, sources: Sequence[models.Folder]) -> 
                 where="max_length",
                 fix=f"Write {folder.context} or less, or leave it out.",
             )
+    if op.pack and not _takes_places(target):
+        raise RecipeError(
+            f"{target.architecture} cannot be told which tokens stand where, so documents cannot share a row",
+            where="pack",
+            fix="Write `pack: false`.",
+        )
 
 
 # What is kept
@@ -76,9 +82,7 @@ class _Kept:
         paths = dict.fromkeys((job.target, *(path for _, path, _ in job.teachers)))
         self.readers = {path: tokenising.load(path) for path in paths}
         folders = {path: target if path == job.target else models.open_folder(path) for path in self.readers}
-        self.longest = {
-            path: min(job.op.max_length or NO_CONTEXT, folder.context or NO_CONTEXT) for path, folder in folders.items()
-        }
+        self.longest = {path: folder.longest(job.op.max_length, NO_CONTEXT) for path, folder in folders.items()}
         self.corpus = self._corpus()
         whole = blake3(self.corpus.lengths.tobytes())
         for text in self.corpus.texts:
@@ -110,10 +114,16 @@ class _Kept:
     def check_packing(self) -> None:
         """Hold a packed row of the target against its documents alone, once. Raises RecipeError where they differ."""
         longest = self.longest[self.job.target]
-        parts = {"target": self.job.digests[0], "longest": longest, "transformers": models.transformers().__version__}
+        device = self.job.device
+        parts = {
+            "target": self.job.digests[0],
+            "longest": longest,
+            "transformers": models.transformers().__version__,
+            "device": device.partition(":")[0],
+        }
 
         def fill(folder: Path) -> None:
-            off = _packed_off(self.target, longest)
+            off = _packed_off(self.target, longest, device)
             if not off <= ALIKE:
                 raise RecipeError(
                     f"{self.target.architecture} says something else of documents that share a row (log-probabilities are up to "
@@ -121,7 +131,7 @@ class _Kept:
                     where="pack",
                     fix="Write `pack: false`.",
                 )
-            (folder / "alike.json").write_text(json.dumps({"off": off}))
+            scratch.put(folder / "alike.json", json.dumps({"off": off}).encode())
 
         self.make("packing", parts, fill)
 
@@ -209,12 +219,10 @@ class _Kept:
         return Source(tokens, said, aligning.Aligned.open(self.make("pairs", parts, fill)), vocabulary)
 
     def _vocabulary(self, source: Tokenizer, target: Tokenizer) -> NDArray[np.int32]:
-        from safetensors.numpy import save_file
-
         kind = self.job.op.align.vocab
 
         def fill(folder: Path) -> None:
-            save_file({"ids": projecting.vocabulary_map(source, target, kind)}, folder / MAP)
+            scratch.save(folder / MAP, {"ids": projecting.vocabulary_map(source, target, kind)})
 
         parts = {"tokenizers": [source.digest, target.digest], "kind": kind}
         found: NDArray[np.int32] = tokenising.read_tensors(self.make("vocabulary", parts, fill) / MAP)["ids"]
@@ -234,8 +242,19 @@ ALIKE = 1e-3
 """How far log-probabilities in a row of two documents may be from those of each alone: rounding leaves 1e-5 and less."""
 
 
+@dataclass(frozen=True, eq=False)
+class TextStep(Step):
+    """A step of texts. `taught`: over how much its fusion loss is a mean, positions or stretches times their sources' shares."""
+
+    taught: float
+
+
 class Texts(Lessons):
-    """Documents in the target's tokens, and what each source says of them: w L_CLM + (1 - w) L_FUSE, each a mean over predictions."""
+    """Documents in the target's tokens, and what each source says of them: w L_CLM + (1 - w) L_FUSE.
+
+    L_CLM is a mean over the predictions of a step, L_FUSE over those of them for which a source says something, or over the
+    stretches of text. So neither depends on what of a step runs together.
+    """
 
     def __init__(self, op: Fuse, tokens: Tokenised, vocab: int, longest: int, sources: Sequence[Source], seed: int,
                  device: str) -> None:  # fmt: skip
@@ -268,18 +287,20 @@ class Texts(Lessons):
         function: Any = self.op.function
         return selecting.choose(np.stack(rates), function, fusion.temperature, self.op.weights)
 
-    def epoch(self, number: int) -> Sequence[Step]:
+    def epoch(self, number: int) -> Sequence[TextStep]:
         """Steps of rows in the order of the seed; of each step those of like lengths run together."""
         train = self.op.train
         shuffled = self.documents[order(len(self.documents), self.seed, number)].tolist()
         rows = self._rows(shuffled)
-        steps: list[Step] = []
+        steps: list[TextStep] = []
         own: list[Row] = []
+        tokens = 0
         for index, row in enumerate(rows):
             own.append(row)
-            if sum(self._length(one) for one in own) >= train.batch_tokens or index + 1 == len(rows):
+            tokens += self._length(row)
+            if tokens >= train.batch_tokens or index + 1 == len(rows):
                 steps.append(self._step(own))
-                own = []
+                own, tokens = [], 0
         return steps
 
     def _length(self, row: Row) -> int:
@@ -290,14 +311,16 @@ class Texts(Lessons):
             return [(one,) for one in documents]
         rows: list[Row] = []
         row: list[int] = []
+        tokens = 0
         for one in documents:
-            if row and self._length((*row, one)) > self.longest:
+            if row and tokens + int(self.sizes[one]) > self.longest:
                 rows.append(tuple(row))
-                row = []
+                row, tokens = [], 0
             row.append(one)
+            tokens += int(self.sizes[one])
         return [*rows, tuple(row)]
 
-    def _step(self, rows: Sequence[Row]) -> Step:
+    def _step(self, rows: Sequence[Row]) -> TextStep:
         parts: list[tuple[Row, ...]] = []
         part: list[Row] = []
         for row in sorted(rows, key=self._length, reverse=True):
@@ -307,12 +330,42 @@ class Texts(Lessons):
             part.append(row)
         parts.append(tuple(part))
         tokens = sum(self._length(row) for row in rows)
-        return Step(tuple(parts), sum(map(len, rows)), tokens)
+        taught = self._taught(rows) if self.op.teaches else 0.0
+        return TextStep(tuple(parts), sum(map(len, rows)), tokens, taught)
+
+    def _taught(self, rows: Sequence[Row]) -> float:
+        """Over how much the fusion loss of some rows is a mean."""
+        documents, shares = [one for row in rows for one in row], self._weights(rows)
+        if self.op.loss.kind == "alm":
+            return float((self.stretches[:, documents] * np.stack(shares, axis=1)).sum())
+        if self.op.align.unmatched == "gold":
+            return float((self.sizes[documents] - 1).sum())
+        total = 0
+        for one, own in zip(documents, shares, strict=True):
+            last = self.target.offsets[one + 1] - 1  # of the last token nothing follows
+            pairs = [
+                source.pairs for source, share in zip(self.sources, own, strict=True) if share > 0 and source.pairs
+            ]
+            said = [(found.starts[self.target.offsets[one] : last] >= 0) for found in pairs]
+            total += int(np.logical_or.reduce(said).sum())
+        return float(total)
+
+    @cached_property
+    def stretches(self) -> NDArray[np.int64]:
+        """(sources, documents): the stretches of text between borders that a source shares with the target."""
+        return np.array(
+            [
+                [
+                    aligning.stretches(source.tokens.document(one)[1], self.target.document(one)[1]).count
+                    for one in range(len(self.sizes))
+                ]
+                for source in self.sources
+            ]
+        )
 
     def losses(self, model: nn.Module, step: Step, part: Any, done: float) -> Mapping[str, Tensor]:
-        """What some rows lose, as their share of the step's mean."""
-        import torch
-
+        """What some rows lose, as their share of the step's means."""
+        assert isinstance(step, TextStep)
         inputs, at = self._inputs(part)
         logits = model(**inputs, use_cache=False).logits[..., : self.vocab].float()
         documents = [one for row in part for one in row]
@@ -326,12 +379,12 @@ class Texts(Lessons):
         if self.op.loss.kind == "alm":
             following = self._following(documents).to(logits.device)
             own = _picked(logits.log_softmax(-1), at, following[:, None])[:, 0]
-            taught = self._stretches(own, part)
+            lost = self._stretches(own, part)
         else:
-            own, taught = self._distributions(logits, at, part)
-        clm, fused = -own.sum() / count, taught * (len(own) / count)
+            own, lost = self._distributions(logits, at, part)
+        clm, fused = -own.sum() / count, lost / (step.taught or 1)
         loss = weight * clm + (1 - weight) * fused
-        return {"loss": loss, "clm_loss": clm.detach(), "fuse_loss": torch.as_tensor(fused).detach()}
+        return {"loss": loss, "clm_loss": clm.detach(), "fuse_loss": fused.detach()}
 
     def _following(self, documents: Sequence[int]) -> Tensor:
         import torch
@@ -373,7 +426,7 @@ class Texts(Lessons):
         return [shares[:, index] for index, row in enumerate(part) for _ in row]
 
     def _distributions(self, logits: Tensor, at: Tensor, part: Sequence[Row]) -> tuple[Tensor, Tensor]:
-        """The log-probabilities of the true tokens, and the mean loss against what the sources say."""
+        """The log-probabilities of the true tokens, and the losses against what the sources say, summed."""
         settings, align = self.op.loss, self.op.align
         found = []
         for one, shares in zip([one for row in part for one in row], self._weights(part), strict=True):
@@ -404,14 +457,14 @@ class Texts(Lessons):
             tail=settings.tail,
             teacher_temperature=settings.teacher_temperature,
         )
-        return own, lost.sum() / taught["valid"].sum().clamp_min(1)
+        return own, lost.sum()
 
     def _stretches(self, own: Tensor, part: Sequence[Row]) -> Tensor:
-        """The mean loss against the probabilities that the sources give to stretches of text."""
+        """The losses against the probabilities that the sources give to stretches of text, summed by the sources' shares."""
         import torch
 
         documents, shares = [one for row in part for one in row], self._weights(part)
-        total, weight = own.new_zeros(()), 0.0
+        total = own.new_zeros(())
         for number, source in enumerate(self.sources):
             found = [
                 teaching.chunks(
@@ -424,8 +477,7 @@ class Texts(Lessons):
             index, said = (torch.from_numpy(one).to(own.device) for one in (joined.index, joined.said))
             lost = losses.alm_loss(own, index, said, self.op.loss.alm_tau)
             total = total + (lost * torch.from_numpy(each).to(lost)).sum()
-            weight += float(each.sum())
-        return total / max(weight, 1e-9)
+        return total
 
 
 def _mask(owners: NDArray[np.int64]) -> NDArray[np.float32]:
@@ -444,22 +496,21 @@ def _picked(log_probs: Tensor, at: Tensor, ids: Tensor) -> Tensor:
 
 
 def lessons(job: FuseJob, target: models.Folder, sources: Sequence[models.Folder], seed: int) -> Texts:
-    """Run what has not been run, and make lessons of it. Raises InputError where no document is left, RecipeError where documents
-    cannot be packed for a model."""
-    if job.op.pack and not _takes_places(target):
-        raise RecipeError(
-            f"{target.architecture} cannot be told which tokens stand where, so documents cannot share a row",
-            where="pack",
-            fix="Write `pack: false`.",
-        )
+    """Run what has not been run, and make lessons of it. Raises InputError where no document is left or the target lacks ids that its
+    tokenizer gives, RecipeError where documents say something else when they share a row."""
     op = job.op.settled
     job = replace(job, op=op)
     kept = _Kept(job, target)
     if op.pack:
         kept.check_packing()
+    tokens = kept.tokens(job.target)
+    if rows := target.number("vocab_size"):
+        try:
+            capturing.check_ids(tokens, rows)
+        except InputError as error:
+            raise error.placed(str(target.path)) from None
     teachers = job.teachers if op.teaches else ()
     found = [kept.source(*one) for one in teachers]
-    tokens = kept.tokens(job.target)
     reader, longest = kept.readers[job.target], kept.longest[job.target]
     texts = Texts(op, tokens, reader.size, longest, found, seed, job.device)
     if not len(texts.documents):
@@ -469,7 +520,7 @@ def lessons(job: FuseJob, target: models.Folder, sources: Sequence[models.Folder
     return texts
 
 
-def _packed_off(target: models.Folder, longest: int) -> float:
+def _packed_off(target: models.Folder, longest: int, device: str) -> float:
     """How far log-probabilities of two documents in one row are from those of each alone, at most: much where a model hands a state
     on from token to token, or where a given mask replaces its windows."""
     import torch
@@ -480,7 +531,8 @@ def _packed_off(target: models.Folder, longest: int) -> float:
     ids = torch.randint(target.number("vocab_size") or 2, (longest,), generator=torch.Generator().manual_seed(0))
     mask = torch.from_numpy(_mask((np.arange(longest)[None] >= first).astype(np.int64)))
     places = torch.cat([torch.arange(first), torch.arange(longest - first)])
-    model = models.load_model(target, "cpu").float().eval()
+    ids, mask, places = (one.to(device) for one in (ids, mask, places))
+    model = models.load_model(target, device).float().eval()
     with torch.no_grad():
         packed = model(input_ids=ids[None], attention_mask=mask, position_ids=places[None], use_cache=False).logits[0]
         alone = torch.cat([model(input_ids=own[None], use_cache=False).logits[0] for own in (ids[:first], ids[first:])])

@@ -9,10 +9,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from mergeflow.errors import RecipeError
+from mergeflow.errors import NumericError, RecipeError
 from mergeflow.ops.fuse import Fuse
 from mergeflow.settings import matches, places
-from mergeflow.stages import collecting, models
+from mergeflow.stages import collecting, models, naming
 from mergeflow.stages.fuse import classifying, estimating, language, training
 from mergeflow.stages.fuse.job import FuseJob
 from mergeflow.stages.regmean_pp import METADATA, side_files
@@ -35,6 +35,8 @@ def run(job: FuseJob) -> None:
     target = models.open_folder(job.target)
     sources = [models.open_folder(path) for path in job.sources]
     check(job.op, target, sources)
+    training.check_means(op.train, job.device)
+    _check_finite(target)
     seed = job.seed if op.train.seed is None else op.train.seed
     with collecting.threads(job.threads), torch.no_grad():
         task = TASKS[op.task]
@@ -42,7 +44,7 @@ def run(job: FuseJob) -> None:
         model = models.load_model(target, job.device)
         if isinstance(lessons, classifying.Classes):
             collecting.settle(model, lessons.examples)
-        names = training.names_of(model, target)
+        names = training.names_of(target, model)
         training.unfreeze(model, names, target.checkpoint, op.train.trainable)
         _save_memory(job, model, target, lessons.tokens)
         course = training.Course(op.train, job.work, seed, job.device, job.progress, job.check_stop)
@@ -54,6 +56,13 @@ def run(job: FuseJob) -> None:
 def check(op: Fuse, target: models.Folder, sources: Sequence[models.Folder]) -> None:
     """Raises RecipeError for what headers and configs show not to go together: before anything runs, and for a plan."""
     TASKS[op.task].check(op, target, sources)
+    training.names_of(target)
+    if op.train.gradient_checkpointing is True and not _able(getattr(models.transformers(), target.architecture, None)):
+        raise RecipeError(
+            f"{target.architecture} cannot compute its activations twice",
+            where="train.gradient_checkpointing",
+            fix="Leave it out.",
+        )
     trainable = op.train.trainable
     if trainable != "all" and not any(matches(trainable, at) for at in places(target.checkpoint.tensors).values()):
         raise RecipeError(
@@ -66,18 +75,29 @@ def check(op: Fuse, target: models.Folder, sources: Sequence[models.Folder]) -> 
 def _save_memory(job: FuseJob, model: nn.Module, target: models.Folder, tokens: int) -> None:
     """Compute activations twice where that is asked for, or with `auto` where those of so many tokens would not fit."""
     wanted = job.op.train.gradient_checkpointing
-    able = bool(getattr(model, "supports_gradient_checkpointing", False))
-    if wanted is True and not able:
-        raise RecipeError(
-            f"{target.architecture} cannot compute its activations twice",
-            where="train.gradient_checkpointing",
-            fix="Leave it out.",
-        )
     if wanted == "auto":
         needed = estimating.training(target) + estimating.activations(target, tokens)
-        wanted = able and needed > _room(job)
+        wanted = _able(model) and needed > _room(job)
     if wanted:
-        model.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
+        # Of transformers 5 the later versions have another name for it.
+        enable: Any = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+        enable({"use_reentrant": False})
+
+
+def _able(model: object) -> bool:
+    """Whether a model, or its class, can compute its activations twice."""
+    return bool(getattr(model, "supports_gradient_checkpointing", False))
+
+
+def _check_finite(target: models.Folder) -> None:
+    """Raises NumericError for a target with NaN or Inf, before its sources run."""
+    import torch
+
+    for name, tensor in target.checkpoint.tensors.items():
+        if tensor.dtype.kind != "float":
+            continue
+        if not bool(torch.isfinite(naming.read_tensor(target.checkpoint, name).float()).all()):
+            raise NumericError(f"the target's '{name}' has NaN or Inf", where=str(target.path), fix="Make it anew.")
 
 
 def _room(job: FuseJob) -> int:

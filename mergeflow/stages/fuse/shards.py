@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING
 
 from blake3 import blake3
 
-from mergeflow.errors import InputError, MachineError
+from mergeflow.errors import InputError
+from mergeflow.stages import scratch
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -29,15 +30,16 @@ class Shards:
         self.folder = folder
         self.known: dict[str, str] = {}
         try:
-            lines = (folder / JOURNAL).read_bytes().splitlines()
+            journal = (folder / JOURNAL).read_bytes()
         except FileNotFoundError:
-            lines = []
-        for line in lines:
+            journal = b""
+        self.torn = not journal.endswith(b"\n") and bool(journal)
+        for line in journal.splitlines():
             try:
                 told = json.loads(line)
                 self.known[str(told["name"])] = str(told["digest"])
             except (ValueError, TypeError, KeyError):
-                break  # torn by a kill: what it would have told is made again
+                continue  # torn by a kill: what it would have told is made again
 
     def has(self, name: str) -> bool:
         """Whether a shard is there, its bytes as they were written."""
@@ -48,20 +50,18 @@ class Shards:
 
     def write(self, name: str, tensors: Mapping[str, Tensor]) -> None:
         """Make a shard. Raises MachineError where the disk is full or fails."""
-        from safetensors.torch import save_file
-
         path, part = self.folder / name, self.folder / f"{name}.part"
-        try:
-            save_file({key: one.contiguous() for key, one in tensors.items()}, part)
+        with scratch.written(path):
+            scratch.save(part, {key: one.contiguous() for key, one in tensors.items()})
             digest = _digest(part)
-            _sync(part)
+            scratch.durable(part)
             os.replace(part, path)
             with (self.folder / JOURNAL).open("ab") as journal:
+                journal.write(b"\n" if self.torn else b"")
                 journal.write(json.dumps({"name": name, "digest": digest}).encode() + b"\n")
                 journal.flush()
                 os.fsync(journal.fileno())
-        except OSError as error:
-            raise MachineError(f"cannot be written: {error.strerror or error}", where=str(path)) from None
+        self.torn = False
         self.known[name] = digest
 
     def read(self, name: str) -> dict[str, Tensor]:
@@ -78,11 +78,3 @@ class Shards:
 
 def _digest(path: Path) -> str:
     return blake3(max_threads=blake3.AUTO).update_mmap(path).hexdigest()
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -25,7 +25,7 @@ from blake3 import blake3
 from numpy.typing import NDArray
 
 from mergeflow.errors import InputError, RecipeError
-from mergeflow.stages import models
+from mergeflow.stages import models, scratch
 
 SPACE = "▁"
 ROLES = ("bos", "eos", "unk", "sep", "pad", "cls", "mask")
@@ -212,10 +212,9 @@ class Corpus:
 
     def save(self, folder: Path) -> None:
         """Write the texts with their lengths in bytes."""
-        from safetensors.numpy import save_file
-
         whole = np.frombuffer("".join(self.texts).encode(), dtype=np.uint8)
-        save_file({"bytes": whole, "lengths": self.lengths, "empty": np.array([self.empty])}, folder / TEXTS)
+        tensors: dict[str, NDArray[Any]] = {"bytes": whole, "lengths": self.lengths, "empty": np.array([self.empty])}
+        scratch.save(folder / TEXTS, tensors)
 
     @classmethod
     def open(cls, folder: Path) -> Corpus:
@@ -323,15 +322,13 @@ class Tokenised:
 
     def save(self, folder: Path) -> None:
         """Write all of it."""
-        from safetensors.numpy import save_file
-
         tensors: dict[str, NDArray[Any]] = {
             "ids": self.ids,
             "ends": self.ends,
             "offsets": self.offsets,
             "lengths": self.lengths,
         }
-        save_file(tensors, folder / TOKENS)
+        scratch.save(folder / TOKENS, tensors)
 
     @classmethod
     def open(cls, folder: Path) -> Tokenised:

@@ -17,6 +17,7 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,7 +27,7 @@ from mergeflow.checkpoint import Checkpoint
 from mergeflow.errors import InputError, Interrupted, MachineError, NumericError, RecipeError
 from mergeflow.ops.fuse import Train
 from mergeflow.settings import matches, places
-from mergeflow.stages import models, naming
+from mergeflow.stages import models, naming, scratch
 
 if TYPE_CHECKING:
     import torch
@@ -99,7 +100,7 @@ def train(model: nn.Module, lessons: Lessons, course: Course) -> list[dict[str, 
     devices = [torch.device(course.device)] if course.device != "cpu" else []
     with torch.random.fork_rng(devices), torch.enable_grad(), _means(course) as means:
         model, optimiser = means.prepare(model, optimiser)
-        model.train()
+        _to_train(model)
         for number in range(len(metrics), total):
             try:
                 course.check_stop()
@@ -116,6 +117,17 @@ def train(model: nn.Module, lessons: Lessons, course: Course) -> list[dict[str, 
                 state.save(metrics)
     model.eval()
     return metrics
+
+
+def _to_train(model: nn.Module) -> None:
+    """Put a model in training mode; norms that are frozen go by the means that they have, and leave them as they are."""
+    from torch.nn.modules.batchnorm import _BatchNorm
+
+    model.train()
+    for module in model.modules():
+        own = list(module.parameters(recurse=False))
+        if isinstance(module, _BatchNorm) and own and not any(one.requires_grad for one in own):
+            module.eval()
 
 
 def _take(
@@ -209,14 +221,9 @@ class _Accelerated(_Means):
 
     def __init__(self, course: Course) -> None:
         import torch
+        from accelerate import Accelerator
+        from accelerate.state import AcceleratorState
 
-        try:
-            from accelerate import Accelerator
-            from accelerate.state import AcceleratorState
-        except ImportError:
-            raise MachineError(
-                "training on another device or in bfloat16 needs accelerate, which is not installed", fix=models.EXTRA
-            ) from None
         AcceleratorState._reset_state(reset_partial_state=True)  # of an earlier run in this process
         if course.device != "cpu":
             torch.cuda.set_device(course.device if ":" in course.device else 0)
@@ -238,14 +245,25 @@ class _Accelerated(_Means):
         self.accelerator.backward(loss)
 
 
+def check_means(settings: Train, device: str) -> None:
+    """Raises MachineError where training needs accelerate, and it is missing."""
+    if _accelerated(settings, device) and find_spec("accelerate") is None:
+        raise MachineError(
+            "training on another device or in bfloat16 needs accelerate, which is not installed", fix=models.EXTRA
+        )
+
+
+def _accelerated(settings: Train, device: str) -> bool:
+    return device != "cpu" or settings.precision != "float32"
+
+
 @contextlib.contextmanager
 def _means(course: Course) -> Iterator[_Means]:
     """What computes: torch alone where there is neither another device nor another precision, so that nothing is between."""
     import torch
 
-    plain = course.device == "cpu" and course.settings.precision == "float32"
     try:
-        yield _Means() if plain else _Accelerated(course)
+        yield _Accelerated(course) if _accelerated(course.settings, course.device) else _Means()
     except torch.OutOfMemoryError:
         raise MachineError(
             "the device has too little memory",
@@ -283,15 +301,13 @@ class _State:
 
     def note(self, values: Mapping[str, float]) -> None:
         """Write down one step's values."""
-        with self.metrics.open("a") as file:
+        with scratch.written(self.metrics), self.metrics.open("a") as file:
             file.write(json.dumps(values) + "\n")
 
     def save(self, metrics: Sequence[Mapping[str, float]]) -> None:
         """Write a checkpoint beside, make it durable, and put it in the place of the last."""
-        from safetensors.torch import save_file
-
         self.work.mkdir(parents=True, exist_ok=True)
-        _write(self.metrics, "".join(json.dumps(one) + "\n" for one in metrics).encode())
+        scratch.put(self.metrics, "".join(json.dumps(one) + "\n" for one in metrics).encode())
         tensors: dict[str, Tensor] = {}
         for name, value in self.model.state_dict().items():
             tensors.setdefault(f"model/{name}", value.detach().cpu().clone())
@@ -299,13 +315,11 @@ class _State:
             for key, value in self.optimiser.state.get(parameter, {}).items():
                 tensors[f"{key}/{name}"] = value.detach().cpu().clone()
         part = self.path.with_suffix(".part")
-        try:
-            save_file(tensors, part, metadata={"step": str(len(metrics))})
-            _durable(part)
+        scratch.save(part, tensors, metadata={"step": str(len(metrics))})
+        with scratch.written(part):
+            scratch.durable(part)
             os.replace(part, self.path)
-            _durable(self.work)
-        except OSError as error:
-            raise MachineError(f"cannot be written: {error.strerror or error}", where=str(part)) from None
+            scratch.durable(self.work)
 
     def load(self) -> list[dict[str, float]]:
         """Put the last checkpoint into the model and its optimiser; the values of the steps that it is behind."""
@@ -332,23 +346,8 @@ class _State:
         metrics: list[dict[str, float]] = [json.loads(line) for line in lines]
         if len(metrics) != count:
             raise InputError("is damaged", where=str(self.metrics), fix="Delete it, and run again.")
-        _write(self.metrics, b"".join(line + b"\n" for line in lines))
+        scratch.put(self.metrics, b"".join(line + b"\n" for line in lines))
         return metrics
-
-
-def _write(path: Path, content: bytes) -> None:
-    part = path.with_suffix(".part")
-    part.write_bytes(content)
-    _durable(part)
-    os.replace(part, path)
-
-
-def _durable(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 # The model in training and the checkpoint that it comes from
@@ -372,9 +371,14 @@ def unfreeze(model: nn.Module, names: naming.Names, checkpoint: Checkpoint, trai
         )
 
 
-def names_of(model: nn.Module, folder: models.Folder) -> naming.Names:
-    """Where the target's tensors lie in its model. Raises InputError for one that could not be written back."""
-    names = naming.checked(naming.names_of(model, naming.shapes(folder.checkpoint)), model, folder.checkpoint)
+def names_of(folder: models.Folder, model: nn.Module | None = None) -> naming.Names:
+    """Where the target's tensors lie in its model, as headers show it, and with the model, by their values too.
+
+    Raises InputError for one that could not be written back.
+    """
+    names = naming.names_of(model or models.empty_model(folder), naming.shapes(folder.checkpoint))
+    if model is not None:
+        names = naming.checked(names, model, folder.checkpoint)
     for name, why in names.lost.items():
         if why != NOT_READ:
             raise InputError(f"'{name}' cannot be trained: {why}", where=str(folder.path))
