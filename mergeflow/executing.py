@@ -317,6 +317,46 @@ def _keep_freed_memory() -> None:
         _libc.mallopt(_M_TRIM_THRESHOLD, 2**28)
 
 
+_here = ctypes.PyDLL(None)  # for calls that are over at once: the interpreter's lock is kept
+_SLIVERS = tuple(size for size in range(24, 105, 16) for _ in range(7))
+"""What fits the smallest pieces of memory, as many of each as the C library lays aside for a thread."""
+_TOO_LARGE = 2048
+"""Bytes that the C library lays aside for no thread."""
+
+
+def _splits_blocks() -> bool:
+    """Whether the C library is a glibc before 2.39 (https://sourceware.org/bugzilla/show_bug.cgi?id=30723)."""
+    if not hasattr(_libc, "gnu_get_libc_version"):
+        return False
+    _libc.gnu_get_libc_version.restype = ctypes.c_char_p
+    major, minor = _libc.gnu_get_libc_version().split(b".")[:2]
+    return (int(major), int(minor)) < (2, 39)
+
+
+if _splits_blocks():
+    _here.malloc.argtypes, _here.malloc.restype = [ctypes.c_size_t], ctypes.c_size_t
+    _here.realloc.argtypes, _here.realloc.restype = [ctypes.c_size_t, ctypes.c_size_t], ctypes.c_size_t
+    _here.free.argtypes, _here.free.restype = [ctypes.c_size_t], None
+
+    def _between_blocks(elements: int) -> None:
+        """Let what the blocks before this left behind become whole again, where they were large ones.
+
+        torch wants memory aligned to 64 bytes. For that an older glibc cuts up to 96 bytes off both ends of a larger piece
+        and lays these slivers aside for the thread, where they count as used: the block between two of them is never
+        joined with what is free beside it, and is itself too short, by those bytes, for the next block of its size. A thread
+        that uses 6 MiB so came to hold 30. What was laid aside is taken, grown into the free memory behind it, and freed as
+        a piece that is not laid aside but joined with what is free on both sides.
+        """
+        if elements > SMALL:
+            for address in list(map(_here.malloc, _SLIVERS)):
+                _here.free(_here.realloc(address, _TOO_LARGE) or address)
+
+else:
+
+    def _between_blocks(elements: int) -> None:
+        """Nothing: freed memory is joined at once."""
+
+
 def _file_system(path: Path) -> int:
     """The magic number of the file system that holds a file; 0 where it cannot be told."""
     buffer = (ctypes.c_long * 64)()
@@ -984,13 +1024,13 @@ class _Engine:
             elif program.cut == "row" and (program.mixed or cut == "element"):
                 found = [self._at(run, one, first, end, {}) for one in results]
             else:
-                sampled = reduction.sample and program.cut == "element"
-                values = self._values(run, program, first, end, sample=sampled)
-                found = [values[result] for result in program.results]
+                found = self._results(run, program, first, end, sample=reduction.sample and program.cut == "element")
                 found = [spread(one) for one in found] if reduction.sample else found
             given = found if reduction.sample else [cut_as(one, reduction.cut, program.shape) for one in found]
             part = reduction.block(given, replace(at, start=first))
+            del found, given  # before the next block is made
             merged = [reduction.merge([*merged, part])] if merged else [part]
+            _between_blocks(end - first)
             if not reduction.sample:
                 report.bytes_in += _stored_bytes(program, end - first)
                 self.progress(_stored_bytes(program, end - first), 0)
@@ -1071,6 +1111,11 @@ class _Engine:
             for one in step.drops:
                 del values[one]
         return values
+
+    def _results(self, run: _Run, program: _Program, start: int, stop: int, *, sample: bool) -> list[Tensor]:
+        """What a measure's program makes of a block, or of a sample of it."""
+        values = self._values(run, program, start, stop, sample=sample)
+        return [values[result] for result in program.results]
 
     def _spread_of(self, run: _Run, expression: Expression, elements: int) -> Tensor:
         """A sample of what is made by rows (mergeflow.ops.base.spread)."""
@@ -1198,6 +1243,8 @@ class _Engine:
             report.bytes_in += bytes_in
             report.bytes_out += bytes_out
             self.progress(bytes_in, bytes_out)
+            del result  # before the next block is made
+            _between_blocks(end - first)
         if stop > start:
             self.sink.filled(run.row, into_bytes(start), into_bytes(stop))
         if broken:  # the row is never done and so never kept; its memory went back, or a sink would run out of it

@@ -24,7 +24,7 @@ from itertools import chain, pairwise
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, TypeVar
 
 from mergeflow.errors import RecipeError
-from mergeflow.ops.base import LEAF, Block, Reduction, weighted_sum
+from mergeflow.ops.base import LEAF, Block, Reduction, is_one_of, weighted_sum
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -275,15 +275,20 @@ def agreeing(
     voters = products if voters is None else voters
     ballots = voters if vote == "mass" else [voter.sign() for voter in voters]
     elected = weighted_sum(ballots, [1.0] * len(ballots))
-    elected = torch.ge(elected, 0, out=torch.empty_like(elected)).mul_(2).sub_(1)
+    own = elected if not is_one_of(elected, ballots) else torch.empty_like(elected)
+    elected = torch.ge(elected, 0, out=own).mul_(2).sub_(1)
     # Weights of one sign add up without cancelling; others need float64 to tell a divisor of 0 from its rounding error.
     simple = all(weight == 0 or weight >= _TINY for weight in weights)
     total: Tensor | None = None
     divisor: Tensor | None = None
+    agreed = share = None
     for product, weight in zip(products, weights, strict=True):
-        agreed = (product * elected).relu_()
+        # The first of each become the sums, the second are written over by those that follow.
+        agreed = torch.empty_like(elected) if agreed is total else agreed
+        agreed = torch.mul(product, elected, out=agreed).relu_()
         if normalize:
-            share = torch.gt(agreed, 0, out=torch.empty_like(agreed))
+            share = torch.empty_like(elected) if share is divisor or not simple else share
+            share = torch.gt(agreed, 0, out=share)
             share = scaled(share if simple else share.double(), weight, own=True)
             divisor = share if divisor is None else divisor.add_(share)
         total = agreed if total is None else total.add_(agreed)
