@@ -13,15 +13,18 @@ from __future__ import annotations
 
 import json
 import os
+import platform
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from blake3 import blake3
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from mergeflow import __version__
 from mergeflow.checkpoint import StoredTensor, parse_header
 from mergeflow.checkpoint.safetensors import header_end
 from mergeflow.digests import PIECE, tensor_digest
@@ -85,6 +88,11 @@ class Manifest(_Part):
     retold: dict[str, FileFacts] = {}
     inputs: dict[str, Any] = {}
     software: dict[str, str] = {}
+
+
+def software() -> dict[str, str]:
+    """What makes an output, as its manifest says: versions, and the machine's kind."""
+    return {"mergeflow": __version__, "torch": version("torch"), "machine": platform.machine()}
 
 
 def encode_manifest(facts: Mapping[str, Any]) -> bytes:

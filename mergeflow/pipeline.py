@@ -9,20 +9,17 @@ from __future__ import annotations
 import gc
 import json
 import os
-import platform
 import signal
 import threading
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from blake3 import blake3
 
-from mergeflow import __version__
 from mergeflow.checkpoint import Checkpoint, open_checkpoint
 from mergeflow.checkpoint.adapter import open_adapter
 from mergeflow.checkpoint.statistics import STATISTICS, open_statistics
@@ -40,7 +37,7 @@ from mergeflow.errors import (
 )
 from mergeflow.graph import Plan, PlannedStage, SideFile
 from mergeflow.hub import is_local, locate
-from mergeflow.manifest import FORMAT, MANIFEST, check_folder, encode_manifest, file_facts, shard_facts
+from mergeflow.manifest import FORMAT, MANIFEST, check_folder, encode_manifest, file_facts, shard_facts, software
 from mergeflow.ops.statistics import StageOp
 from mergeflow.ops.unchanged import Unchanged
 from mergeflow.planning import (
@@ -666,11 +663,10 @@ def _signals() -> Iterator[threading.Event]:
     before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield stop
-    except Interrupted:
+    except Interrupted as error:
         if received:
-            raise Interrupted(
-                "stopped", signal_number=received[0], fix="Run the same command again to go on from here."
-            ) from None
+            fix = error.fix or "Run the same command again to go on from here."
+            raise Interrupted("stopped", signal_number=received[0], fix=fix) from None
         raise
     finally:
         for number, handler in before.items():
@@ -750,11 +746,6 @@ def _write_side_file(staging: Staging, file: SideFile, models: Mapping[str, Chec
         staging.add(target, file.content)
     else:
         staging.copy(target, models[file.model].folder.local([file.name])[file.name])
-
-
-def software() -> dict[str, str]:
-    """What makes an output, as its manifest says: versions, and the machine's kind."""
-    return {"mergeflow": __version__, "torch": version("torch"), "machine": platform.machine()}
 
 
 def _inputs(made: Plan, finished: Mapping[int, Finished]) -> dict[str, Any]:

@@ -46,7 +46,7 @@ from mergeflow.graph import Made, Needs, Plan, PlannedStage, Row, Shard
 from mergeflow.hub import SMALL_FILE, LocalFolder, is_local, locate
 from mergeflow.layout import Tensor as PlacedTensor
 from mergeflow.layout import lay_out
-from mergeflow.manifest import FORMAT, MANIFEST, encode_manifest, file_facts, shard_facts
+from mergeflow.manifest import FORMAT, MANIFEST, encode_manifest, file_facts, shard_facts, software
 from mergeflow.ops import op_named
 from mergeflow.ops.fuse import Fuse
 from mergeflow.ops.statistics import StageOp, StatisticsOp
@@ -824,8 +824,9 @@ class Runner:
         return path
 
     def _write(self, stage: Stage) -> Callable[[Mapping[str, Tensor], Mapping[str, bytes], Mapping[str, str]], None]:
+        means = {**software(), "device": self.device, "threads": str(self.threads)}
         return lambda tensors, files, metadata: write_artifact(
-            stage.path, stage.key, tensors, files, metadata, self.stop, stage.family
+            stage.path, stage.key, tensors, files, metadata, self.stop, stage.family, means
         )
 
     def _model(self, name: str, recipe: Recipe, made: Path) -> tuple[Path, Checkpoint]:
@@ -886,10 +887,12 @@ def write_artifact(
     metadata: Mapping[str, str],
     stop: threading.Event | None = None,
     family: str = "",
+    means: Mapping[str, str] | None = None,
 ) -> None:
     """Make the folder of an artifact, all or nothing: tensors in this order in one file, side files, and a manifest.
 
-    `family` is what it shares with artifacts that were made of the same for other tensors.
+    `family` is what it shares with artifacts that were made of the same for other tensors, `means` what it was made with, on
+    which its last bits may depend.
 
     Tensors are asked for one at a time, twice each: once for their shapes, once to be written.
     """
@@ -931,6 +934,7 @@ def write_artifact(
             "plan": key,
             "stage": key,
             **({"family": family} if family else {}),
+            **({"software": dict(means)} if means else {}),
             "tensors": {
                 row.name: {
                     "file": shards[row.shard].file,

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from mergeflow import pipeline
 from mergeflow.errors import InputError, MergeflowError, RecipeError, printable, raise_all
-from mergeflow.manifest import MANIFEST, Manifest, Problem, check_folder, files_below
+from mergeflow.manifest import MANIFEST, Manifest, Problem, check_folder, files_below, software
 from mergeflow.pipeline import Progress
 from mergeflow.publishing import RECIPE
 from mergeflow.recipe import load_recipe
@@ -227,7 +227,7 @@ def _difference(name: str, before: Mapping[str, Any], now: Mapping[str, Any]) ->
 
 
 def _other_software(told: Manifest) -> Iterator[str]:
-    for name, version in sorted(pipeline.software().items()):
+    for name, version in sorted(software().items()):
         if told.software.get(name, version) != version:
             yield f"{name} was {told.software[name]}, is {version}: other software may give other bits"
 

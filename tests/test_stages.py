@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from mergeflow import cache, pipeline
 from mergeflow.checkpoint.statistics import open_statistics
 from mergeflow.document import dump_yaml
-from mergeflow.errors import InputError, MergeflowError, NumericError, Problems, RecipeError
+from mergeflow.errors import InputError, Interrupted, MergeflowError, NumericError, Problems, RecipeError
 from mergeflow.hub import LocalFolder
 from mergeflow.pipeline import Result
 from mergeflow.recipe import Recipe, load_recipe
@@ -139,6 +139,13 @@ def test_a_second_run_finds_every_artifact_and_gives_the_same_bytes(here: Path) 
     assert made_before(second) == {"gram_a": True, "gram_b": True}
     assert artifacts(here) == written
     assert (here / "one/model.safetensors").read_bytes() == (here / "two/model.safetensors").read_bytes()
+
+
+def test_the_manifest_of_an_artifact_says_on_what_its_last_bits_depend(here: Path) -> None:
+    (key,) = keys(pipeline.run(load_recipe(write_recipe(here, {"gram": GRAM})), "out", threads=2)).values()
+    manifest = json.loads((here / "cache/artifacts" / key / "mergeflow.json").read_text())
+    assert {name: manifest["software"][name] for name in ("device", "threads")} == {"device": "cpu", "threads": "2"}
+    assert manifest["software"].keys() == {"mergeflow", "torch", "machine", "device", "threads"}
 
 
 def test_a_finished_output_still_tells_of_its_stages(here: Path) -> None:
@@ -471,6 +478,17 @@ def test_a_killed_stage_leaves_nothing_that_looks_finished_and_the_next_run_make
     assert made_before(result) == {"gram": False}
     assert set(artifacts(here)) == set(keys(result).values())
     assert not list((here / "cache" / "work").iterdir())
+
+
+def test_a_stage_that_is_stopped_says_that_it_begins_anew(here: Path) -> None:
+    def stop(what: str, done: int, total: int) -> None:
+        if "batches" in what:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    path = write_recipe(here, {"gram": GRAM})
+    with pytest.raises(Interrupted, match="stages that are finished stay, this one begins anew"):
+        pipeline.run(load_recipe(path), "out", progress=stop)
+    assert list(cache.entries()) == []
 
 
 def test_two_runs_at_once_make_an_artifact_once(here: Path) -> None:

@@ -61,7 +61,14 @@ class StageJob:
     def check_stop(self) -> None:
         """Raises Interrupted where the run was asked to stop."""
         if self.stop.is_set():
-            raise Interrupted("stopped")
+            raise stopped()
+
+
+def stopped() -> Interrupted:
+    """A stage was stopped that keeps nothing of what it has done so far."""
+    return Interrupted(
+        "stopped", fix="Run the same command again: stages that are finished stay, this one begins anew."
+    )
 
 
 @dataclass(frozen=True)

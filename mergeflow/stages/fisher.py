@@ -27,11 +27,11 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from mergeflow.checkpoint.statistics import PREFIX, STATISTICS, Facts, ModelNote, Statistics
 from mergeflow.checkpoint.statistics import StageOp as OpNote
-from mergeflow.errors import InputError, Interrupted, MachineError, NumericError, RecipeError
+from mergeflow.errors import InputError, MachineError, NumericError, RecipeError
 from mergeflow.ops.draws import draw_key, uniform
 from mergeflow.ops.statistics import Estimator, FisherDiag, StatisticsOp
 from mergeflow.settings import matches, places
-from mergeflow.stages import Predicted, StageJob, collecting, data, models, naming, reusing
+from mergeflow.stages import Predicted, StageJob, collecting, data, models, naming, reusing, stopped
 
 if TYPE_CHECKING:
     import threading
@@ -241,7 +241,7 @@ class _Run:
     def add(self, numbers: list[int], piece: dict[str, Tensor]) -> None:
         """One micro-batch more: the numbers of its examples in the data, and what the model takes."""
         if self.stop is not None and self.stop.is_set():
-            raise Interrupted("stopped while gradients were computed")
+            raise stopped()
         inputs, targets = self._inputs(piece)
         if self.seen == 0:
             self._choose(inputs, targets)

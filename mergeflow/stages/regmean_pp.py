@@ -29,12 +29,12 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mergeflow.errors import Interrupted, MachineError, RecipeError
+from mergeflow.errors import MachineError, RecipeError
 from mergeflow.hub import SMALL_FILE
 from mergeflow.ops.base import numbers
 from mergeflow.ops.regmean_pp import RegMeanPP
 from mergeflow.settings import places
-from mergeflow.stages import Write, collecting, data, models, naming, walking
+from mergeflow.stages import Write, collecting, data, models, naming, stopped, walking
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -239,7 +239,7 @@ class _Merging:
         total = sum(data.batches_of(len(one.examples.examples), self.job.op.batch_size) for one in self.sides)
         for batch in side.examples.batches(self.job.op.batch_size, self.job.device):
             if self.job.stop.is_set():
-                raise Interrupted("stopped while blocks were merged")
+                raise stopped()
             yield batch
             self.job.progress("batches through layers", 1, 2 * total * (len(self.blocks) + 1))
 
