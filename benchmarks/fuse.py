@@ -201,8 +201,12 @@ def main() -> None:
         return
     with tempfile.TemporaryDirectory() as folder:
         work = options.work or Path(folder)
-        if not (work / "texts.jsonl").exists():
+        asked, told = {"tokens": options.tokens, "source_ids": options.source_ids}, work / "asked.json"
+        if told.exists() and json.loads(told.read_text()) != asked:
+            parser.error(f"{work} holds models of {json.loads(told.read_text())}: give another folder, or delete it")
+        if not told.exists():
             prepare(work, options.tokens, options.source_ids)
+            told.write_text(json.dumps(asked))
         print(f"alignment        {alignment(work)}", flush=True)
         print(f"capture          {capture(work)}", flush=True)
         print(f"training step    {steps(work)} of plain training", flush=True)

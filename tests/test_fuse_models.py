@@ -91,7 +91,7 @@ def test_a_target_that_is_its_own_only_source_rests(here: Path, kind: str) -> No
     settings = {} if kind == "alm" else {"capture": {"top_k": 300, "dtype": "float32"}}
     loss = {"kind": kind, "clm_weight": 0.0}
     found = steps(fuse(here, sources=["start"], loss=loss, **{"capture": {}, **settings}))
-    assert found[0]["gradient_norm"] < 1e-5, found[0]
+    assert found[0]["gradient_norm"] < 1e-6, found[0]
 
 
 def test_plain_training_runs_no_source_and_is_what_a_loop_of_ones_own_gives(here: Path, ran: list[str]) -> None:
@@ -415,17 +415,50 @@ def other_target(folder: Path, model: transformers.PreTrainedModel) -> None:
     model.save_pretrained(folder)
 
 
-def test_packed_rows_of_models_that_add_their_masks_hide_the_other_documents(here: Path) -> None:
+SMALL: dict[str, Any] = {"vocab_size": 300, "max_position_embeddings": 64, "hidden_size": 32, "num_attention_heads": 2}
+OTHERS: dict[str, tuple[str, dict[str, Any]]] = {
+    "adds its masks": ("GPTNeo", {
+        "num_layers": 2, "num_heads": 2, "window_size": 64, "attention_types": [[["global", "local"], 1]],
+        "resid_dropout": 0.0, "embed_dropout": 0.0, "attention_dropout": 0.0}),
+    "turns its keys": ("Llama", {"num_hidden_layers": 2, "intermediate_size": 48}),
+    "turns a part of them": ("GPTNeoX", {"num_hidden_layers": 2, "intermediate_size": 48, "hidden_dropout": 0.0}),
+    "turns pairs of them": ("GPTJ", {
+        "num_hidden_layers": 2, "rotary_dim": 8,
+        "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}),
+}  # fmt: skip
+"""Models that see places in unlike ways."""
+
+
+@pytest.mark.parametrize("way", OTHERS)
+def test_packed_rows_hide_the_other_documents_in_every_class(here: Path, way: str) -> None:
     torch.manual_seed(0)
-    config = transformers.GPTNeoConfig(
-        vocab_size=300, max_position_embeddings=64, hidden_size=32, num_layers=2, num_heads=2, window_size=64,
-        attention_types=[[["global", "local"], 1]], resid_dropout=0.0, embed_dropout=0.0, attention_dropout=0.0,
-    )  # fmt: skip
-    other_target(here / "start", transformers.GPTNeoForCausalLM(config))
+    name, own = OTHERS[way]
+    config = getattr(transformers, f"{name}Config")(**SMALL, **own)
+    other_target(here / "start", getattr(transformers, f"{name}ForCausalLM")(config))
     settings = {"train": {**TRAIN, "batch_tokens": 10_000, "micro_batch_tokens": 10_000}}
     packed, alone = (steps(fuse(here, f"out_{pack}", pack=pack, **settings))[0] for pack in (True, False))
     for name in ("clm_loss", "fuse_loss"):
         assert packed[name] == pytest.approx(alone[name], rel=1e-5), name
+
+
+def test_a_class_that_cannot_be_told_places_is_refused_by_a_plan(here: Path) -> None:
+    config = transformers.BloomConfig(vocab_size=300, hidden_size=32, n_layer=1, n_head=2)
+    other_target(here / "start", transformers.BloomForCausalLM(config))
+    models = {name: f"./{name}" for name in KINDS}
+    data = {"texts": {"path": "./texts.jsonl"}}
+    write_recipe(here, {"fused": FUSED}, models=models, data=data, output={"node": "fused"})
+    done = call("plan", "recipe.yaml")
+    assert done.code == 2 and "BloomForCausalLM cannot be told which tokens stand where" in done.err, done.err
+    assert "Write `pack: false`." in done.err
+
+
+def test_a_document_may_be_as_long_as_is_asked_where_a_model_names_no_context(here: Path) -> None:
+    config = transformers.BloomConfig(vocab_size=300, hidden_size=32, n_layer=1, n_head=2)
+    other_target(here / "start", transformers.BloomForCausalLM(config))
+    (here / "texts.jsonl").write_text(json.dumps({"text": "0123456789" * 300}) + "\n")
+    fuse(here, sources=["start"], pack=False, max_length=2500, loss={"clm_weight": 1}, capture={}, train=ONE_STEP)
+    longest = [int(load_file(path)["offsets"].diff().max()) for path in (here / "cache").rglob("tokens.safetensors")]
+    assert longest and 2048 < max(longest) <= 2500, longest
 
 
 def test_a_model_whose_windows_a_mask_replaces_is_not_packed(here: Path, ran: list[str]) -> None:

@@ -8,9 +8,12 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from test_fuse_models import fuse, here, steps
 
-from mergeflow import Recipe, run
+from mergeflow import Recipe, pipeline, run
+from mergeflow.recipe import load_recipe
 
+__all__ = ["here"]
 pytestmark = pytest.mark.gpu
 
 NODES: dict[str, dict[str, Any]] = {
@@ -58,3 +61,14 @@ def test_a_gpu_gives_what_the_cpu_gives(models: Path, name: str) -> None:
     assert torch.equal(cpu["steps"], gpu["steps"])
     for key in ("layers.0.w", "norm"):
         assert torch.linalg.vector_norm(cpu[key] - gpu[key]) <= 1e-6 * torch.linalg.vector_norm(cpu[key])
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_a_fuse_on_a_gpu_learns_what_it_learns_on_the_cpu(here: Path, precision: str) -> None:
+    """Captures, the check of packed rows, and training, which goes through accelerate there."""
+    train = {"epochs": 2, "batch_tokens": 120, "micro_batch_tokens": 64, "lr": 1e-3, "precision": precision}
+    cpu = steps(fuse(here, train=train))
+    gpu = steps(pipeline.run(load_recipe(here / "recipe.yaml"), "gpu", device="cuda"))
+    for one, other in zip(cpu, gpu, strict=True):
+        for name in ("clm_loss", "fuse_loss"):
+            assert other[name] == pytest.approx(one[name], rel=1e-3 if precision == "float32" else 3e-2)
