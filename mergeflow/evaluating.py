@@ -211,6 +211,8 @@ def _classes(
         counts += torch.bincount(pairs, minlength=counts.numel()).reshape(counts.shape)
         tokens += batch.tokens
         progress(label, len(batch.examples), len(examples.examples))
+    if not counts.any():
+        raise InputError("has no token with a label", where=label, fix="Name the field of its labels: `label: ...`.")
     return Result(
         data=label,
         n_examples=len(examples.examples),
@@ -261,16 +263,18 @@ def _texts(
     known = [tokenizer.bos_token_id, tokenizer.eos_token_id, folder.config.get("bos_token_id")]
     start = next((token for token in known if isinstance(token, int)), None)
     windows: list[_Window] = []
-    tokens = size = unpredicted = 0
+    tokens = size = unpredicted = highest = 0
     for where, text in texts.texts:
         with models.quietly():
             ids = tokenizer(text, add_special_tokens=False, truncation=False)["input_ids"]
         size += len(text.encode())
         tokens += len(ids)
+        highest = max(highest, *ids) if ids else highest
         unpredicted += start is None and bool(ids)
         windows += windows_of(where, ids, start, texts.longest)
     if not tokens:
         raise InputError("has texts without tokens alone", where=label)
+    models.check_ids(highest, folder.number("vocab_size"))
     vocabulary = _vocabulary(net, folder)
     # Where nothing can stand before a first token, it is charged as one of the vocabulary's, all equally likely.
     nats = [unpredicted * math.log(vocabulary)]

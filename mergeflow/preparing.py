@@ -29,7 +29,7 @@ from mergeflow import __version__, cache
 from mergeflow.checkpoint import SINGLE, WRITE_FIRST, Checkpoint, StoredTensor, WeightFile, open_checkpoint
 from mergeflow.checkpoint.adapter import Adapter
 from mergeflow.checkpoint.sources import Zeros
-from mergeflow.checkpoint.statistics import Facts, ModelNote, Statistics, marks, open_statistics
+from mergeflow.checkpoint.statistics import Facts, ModelNote, Statistics, marks, open_statistics, sampled
 from mergeflow.checkpoint.statistics import StageOp as OpNote
 from mergeflow.digests import PIECE, tensor_digest
 from mergeflow.dtypes import BY_NAME
@@ -367,12 +367,14 @@ def _beside_identity(checkpoint: Checkpoint) -> Any:
 
 
 def _data_identity(recipe: Recipe, name: str, data: DataSource) -> Any:
-    """How the data is read, and a digest of its bytes and names; of a hub's dataset its name and revision."""
+    """How the data is read, and a digest of its bytes and names, and of images that rows name; of a hub's dataset its name and revision."""
+    from mergeflow.stages.data import images_named, local_path
+
     said = data.model_dump(mode="json")
-    if not is_local(data.path):
+    path = local_path(data, recipe.folder)
+    if path is None:
         return said
     del said["path"]
-    path = recipe.folder / Path(data.path).expanduser()
     where = recipe.where(("data", name))
     digest = blake3()
     try:
@@ -383,6 +385,9 @@ def _data_identity(recipe: Recipe, name: str, data: DataSource) -> Any:
         for file in files:
             digest.update(os.fsencode(file.relative_to(path) if path.is_dir() else file.name) + b"\0")
             digest.update(blake3(max_threads=blake3.AUTO).update_mmap(file).digest())
+        for file in images_named(data, recipe.folder):
+            if file.is_file() and file not in files:  # the row of one that is not there is left out and counted
+                digest.update(blake3().update_mmap(file).digest())
     except (OSError, ValueError) as error:  # a path with a NUL is none
         fix, why = "Paths of data are relative to the recipe.", getattr(error, "strerror", None) or error
         raise InputError(f"cannot read '{data.path}': {why}", where=where, fix=fix) from None
@@ -479,7 +484,7 @@ def _foreseen(
             folders = [stack.enter_context(_skeleton(model)) for model in models]
             made: Checkpoint
             if isinstance(stage.op, StatisticsOp):
-                made = _foreseen_statistics(stage, stage.op, folders[0])
+                made = _foreseen_statistics(stage, stage.op, folders[0], models[0])
             else:
                 made = _foreseen_model(stage, folders, models[0])
             return made, _needs(recipe, stage, folders, made, device)
@@ -565,7 +570,7 @@ def _side_files(model: Checkpoint | Plan, wanted: Callable[[str], bool]) -> dict
     }
 
 
-def _foreseen_statistics(stage: Stage, op: StatisticsOp, folder: Path) -> Statistics:
+def _foreseen_statistics(stage: Stage, op: StatisticsOp, folder: Path, model: Checkpoint | Plan) -> Statistics:
     from mergeflow.stages import predict
 
     found = predict(op, folder, stage.node.only)
@@ -577,11 +582,14 @@ def _foreseen_statistics(stage: Stage, op: StatisticsOp, folder: Path) -> Statis
         kind=op.kind,
         codec=getattr(op, "codec", "float32"),
         op=OpNote(name=op.name, version=op.version),
-        model=ModelNote(digest=""),
+        model=ModelNote(digest="", source=f"node {stage.models[0]}")
+        if isinstance(model, Plan)
+        else ModelNote(digest="", source=model.folder.label, files=marks(model), sampled=sampled(model)),
         n_examples=0,
         n_tokens=2**62,
         groups=dict(found.groups),
         skipped=dict(found.skipped),
+        transposed=found.transposed,
     )
     folder_of = ForeseenFolder(f"stage {stage.node.name}, not run yet", stage.key)
     return Statistics(folder_of, tensors, {SINGLE: WeightFile(SINGLE, 0, "")}, None, {}, facts, "")
@@ -707,6 +715,7 @@ class Runner:
             "source": checkpoint.folder.label if own else f"node {name}",
             "revision": checkpoint.folder.revision if own else None,
             "files": marks(checkpoint),
+            "sampled": sampled(checkpoint),
         }
         job = StageJob(
             op=stage.op,

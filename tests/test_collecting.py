@@ -1006,3 +1006,63 @@ def quiet() -> Iterator[None]:
     """Without transformers' remarks on made-up models."""
     with models.quietly():
         yield
+
+
+# What a class has and a checkpoint has not
+
+
+def test_a_head_above_a_pooler_that_is_not_there_is_refused(tmp_path: Path) -> None:
+    """What is not there would be random, and so what comes out of the model; of one without a head nobody uses it."""
+    folder = saved(tmp_path / "bert", "bert")
+    state = load_file(folder / "model.safetensors")
+    save_file(
+        {name: one for name, one in state.items() if "pooler" not in name},
+        folder / "model.safetensors",
+        {"format": "pt"},
+    )
+    with pytest.raises(InputError, match=r"lacks 2 weights that BertForSequenceClassification has: bert\.pooler"):
+        models.load_model(models.open_folder(folder))
+    bare = {
+        name.removeprefix("bert."): one
+        for name, one in state.items()
+        if name.startswith("bert.") and "pooler" not in name
+    }
+    save_file(bare, folder / "model.safetensors", {"format": "pt"})
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "architectures": ["BertModel"]}))
+    assert models.load_model(models.open_folder(folder)) is not None
+
+
+@pytest.mark.parametrize("kind", models._OFFSET)
+def test_the_context_of_models_whose_places_begin_behind_padding(tmp_path: Path, kind: str) -> None:
+    more: dict[str, Any] = {
+        "luke": {"entity_vocab_size": 10, "entity_emb_size": 8}, "longformer": {"attention_window": 4},
+        "xmod": {"languages": ["en"], "default_language": "en"},
+        "esm": {"position_embedding_type": "absolute", "mask_token_id": 3},
+    }.get(kind, {})  # fmt: skip
+    sizes = {"vocab_size": 40, "num_hidden_layers": 1, "max_position_embeddings": 20, "pad_token_id": 1}
+    config = transformers.AutoConfig.for_model(kind, **sizes, **SMALL, **more)
+    model = transformers.AutoModel.from_config(config).eval()
+    model.save_pretrained(tmp_path)
+    context = models.open_folder(tmp_path).context
+    assert context == 18
+    model(input_ids=torch.full((1, context), 5))
+    with pytest.raises((IndexError, RuntimeError)):
+        model(input_ids=torch.full((1, context + 1), 5))
+
+
+def test_a_model_that_continues_texts_beside_images_has_no_encoder_apart(tmp_path: Path) -> None:
+    (tmp_path / "model.safetensors").write_bytes((saved(tmp_path / "t5", "t5") / "model.safetensors").read_bytes())
+    told = {"architectures": ["Gemma3ForConditionalGeneration"], "model_type": "gemma3"}
+    (tmp_path / "config.json").write_text(json.dumps(told))
+    assert models.open_folder(tmp_path).task == "causal"
+    config = json.loads((tmp_path / "t5/config.json").read_text())
+    (tmp_path / "t5/config.json").write_text(
+        json.dumps({key: one for key, one in config.items() if key != "is_encoder_decoder"})
+    )
+    assert models.open_folder(tmp_path / "t5").task == "seq2seq"
+
+
+def test_ids_that_a_model_has_no_row_for_are_told(tmp_path: Path) -> None:
+    folder = saved(tmp_path / "llama", "llama", llama(vocab_size=20))
+    refused(InputError, "its tokenizer gives the id 44, and the model knows 20", exact(), folder, TEXT_ROWS, tmp_path)

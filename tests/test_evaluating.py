@@ -17,6 +17,7 @@ from sklearn.metrics import accuracy_score, f1_score
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
+from tokenizers.processors import TemplateProcessing
 
 from mergeflow import cli
 from mergeflow.errors import InputError, MergeflowError, NumericError, RecipeError
@@ -300,3 +301,25 @@ def test_a_table_for_language_models_names_its_measures(tmp_path: Path) -> None:
     assert head.split() == ["data", "examples", "bits", "per", "byte", "perplexity"]
     assert rows[0] == rows[1]
     assert rows[2].split() == ["mean", rows[0].split()[2]]
+
+
+def test_words_without_a_token_are_no_row(tmp_path: Path) -> None:
+    folder = bert(tmp_path / "bert", transformers.BertForTokenClassification)
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps({"text": [" ", "\t"], "label": ["good", "bad"]}) + "\n")
+    with pytest.raises(InputError, match=r"rows\.jsonl:1: has no token"):
+        evaluate(folder, [DataSource(path=str(path), label="label")], relative_to=tmp_path)
+
+
+def test_tokens_without_any_label_are_no_measure(tmp_path: Path) -> None:
+    """Of a text that is cut before its first word, what stands before it alone."""
+    folder = bert(tmp_path / "bert", transformers.BertForTokenClassification)
+    made = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    made.post_processor = TemplateProcessing(single="[BOS] $A", special_tokens=[("[BOS]", made.token_to_id("[BOS]"))])
+    made.save(str(folder / "tokenizer.json"))
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps({"text": ["w1", "w2"], "label": ["good", "bad"]}) + "\n")
+    source = DataSource(path=str(path), label="label")
+    assert evaluate(folder, [source], relative_to=tmp_path).results[0].n_tokens == 3
+    with pytest.raises(InputError, match="has no token with a label"):
+        evaluate(folder, [source], relative_to=tmp_path, max_length=1)

@@ -655,6 +655,17 @@ def test_statistics_of_another_model_are_refused_unless_names_are_enough(tmp_pat
     plan(regmean_recipe(tmp_path, [{**crossed[0], "for": "names"}, crossed[1]]))
 
 
+def test_what_cannot_be_told_of_statistics_is_a_warning(tmp_path: Path) -> None:
+    write_models(tmp_path, 16, 12, 200)
+    (tmp_path / "a/model.safetensors").rename(tmp_path / "a/other.safetensors")
+    (warning,) = [one for one in plan(regmean_recipe(tmp_path)).warnings if "cannot be told" in one]
+    assert "whether 'a_gram' was collected on 'a' cannot be told from its files; it names ./a" in warning
+    told = regmean_recipe(
+        tmp_path, [{"model": "a", "gram": "a_gram", "for": "names"}, {"model": "b", "gram": "b_gram"}]
+    )
+    assert not any("cannot be told" in one for one in plan(told).warnings)
+
+
 def test_what_is_wrong_with_a_gram_is_said_where_it_is_named(tmp_path: Path) -> None:
     xs = write_models(tmp_path, 16, 12, 200)
     write_gram(tmp_path, "b", inputs_like(1, 200, 12, 1.0), "packed32")

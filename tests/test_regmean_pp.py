@@ -286,3 +286,18 @@ def test_a_decoder_is_merged_as_whole_models_put_together_for_each_block_would_b
     assert set(found) == set(state)
     for name, one in state.items():
         torch.testing.assert_close(found[name], one, rtol=1e-6, atol=1e-7, msg=name)
+
+
+def test_integers_that_are_not_equal_are_refused_and_not_taken_from_the_first(tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    for number, name in enumerate("ab"):
+        save_language_model(tmp_path / name, llama(number))
+        write_lines(tmp_path / f"{name}.jsonl", [{"text": "w1 w2 w3"}])
+        path = tmp_path / name / "model.safetensors"
+        save_file({**load_file(path), "steps": torch.tensor([1])}, path, metadata={"format": "pt"})
+    pairs = [(name, DataSource(path=f"{name}.jsonl")) for name in "ab"]
+    assert merge(tmp_path, pairs)["steps"].tolist() == [1]
+    save_file({**load_file(path), "steps": torch.tensor([2])}, path, metadata={"format": "pt"})
+    with pytest.raises(RecipeError, match="steps: integer and boolean tensors are never computed on"):
+        merge(tmp_path, pairs)

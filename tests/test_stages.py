@@ -237,6 +237,25 @@ def test_a_key_changes_with_all_that_goes_in(here: Path) -> None:
     new(gram_of("a"))
 
 
+def test_a_key_changes_with_data_however_its_path_is_written(here: Path) -> None:
+    given = recipe({"gram": GRAM}, data={"rows": {"path": "rows.jsonl"}})
+    key = key_of(given)
+    assert key == key_of(gram_of("a")), "the path is no part of it"
+    rows(here / "rows.jsonl", seed=9)
+    assert key_of(given) != key
+
+
+def test_a_key_changes_with_the_images_that_rows_name(here: Path) -> None:
+    (here / "data").mkdir()
+    (here / "data/x.png").write_bytes(b"one")
+    (here / "data/rows.jsonl").write_text('{"image": "x.png"}\n{"image": "away.png"}\n')
+    given = recipe({"gram": GRAM}, data={"rows": {"path": "./data/rows.jsonl"}})
+    key = key_of(given)
+    assert key == key_of(given)
+    (here / "data/x.png").write_bytes(b"two")
+    assert key_of(given) != key
+
+
 def test_a_key_does_not_change_with_names_or_edits_elsewhere(here: Path) -> None:
     key = key_of(gram_of("a"))
     (here / "a/README.md").write_text("A model.")
@@ -582,6 +601,14 @@ def test_statistics_of_another_checkpoint_are_refused(here: Path) -> None:
     assert "recipe.yaml:" in called.err
     nodes["merged"]["inputs"][0]["for"] = "names"
     assert call("run", str(write_recipe(here, nodes, artifacts={"s": "./s"})), "-o", "out", "-q").code == 0
+
+
+def test_stages_over_the_wrong_model_are_told_before_they_run(here: Path) -> None:
+    node = {"op": "regmean", "inputs": [{"model": "a", "gram": "gram_b"}, {"model": "b", "gram": "gram_b"}]}
+    path = write_recipe(here, {"gram_b": {**GRAM, "model": "b"}, "merged": node}, output={"node": "merged"})
+    done = call("plan", str(path))
+    assert done.code != 0 and "'gram_b' was collected on another model than 'a': ./b" in done.err, done.err
+    assert artifacts(here) == {}
 
 
 @pytest.mark.parametrize(

@@ -260,7 +260,11 @@ def test_a_model_trained_further_has_other_marks_and_the_same_header(tmp_path: P
     told = facts(model={"digest": "0" * 64, "files": stats.marks(first)})
     assert not stats.of_another(told, same)
     assert stats.of_another(told, trained)
-    assert not stats.of_another(told, model(tmp_path / "d", 1.5, "other.safetensors")), "which cannot be told"
+    other, again = model(tmp_path / "d", 1.5, "other.safetensors"), model(tmp_path / "e", 1.0, "other.safetensors")
+    assert stats.of_another(told, other) is None, "which cannot be told"
+    told = facts(model={"digest": "0" * 64, "files": stats.marks(first), "sampled": stats.sampled(first)})
+    assert stats.of_another(told, other), "however its tensors are dealt to files"
+    assert stats.of_another(told, again) is False
 
 
 def test_the_digest_of_a_model_is_the_same_in_any_order() -> None:

@@ -270,7 +270,8 @@ class StageOp(BaseModel):
 
 
 class ModelNote(BaseModel):
-    """The model whose statistics these are. `digest` is over its tensors and survives other shards; `files` are `marks`."""
+    """The model whose statistics these are. `digest` is over its tensors and survives other shards, and so does `sampled`; `files`
+    are `marks`."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
 
@@ -278,6 +279,7 @@ class ModelNote(BaseModel):
     source: str = ""
     revision: str | None = None
     files: dict[str, str] = Field(default_factory=dict)
+    sampled: str = ""
 
 
 class Facts(BaseModel):
@@ -471,14 +473,33 @@ def marks(checkpoint: Checkpoint) -> dict[str, str]:
     return found
 
 
-def of_another(facts: Facts, checkpoint: Checkpoint) -> bool:
-    """Whether a model's files say that statistics are of another: files of the same names that are not the same.
+SAMPLED_TENSORS = 64
 
-    Files of other names say nothing: the same tensors may have been dealt to them anew.
+
+def sampled(checkpoint: Checkpoint) -> str:
+    """What tells a model from another however its tensors are dealt to files: BLAKE3 of the names, dtypes and shapes of all, and of
+    some bytes in the middle of some."""
+    names = sorted(checkpoint.tensors)
+    hasher = blake3()
+    for name in names:
+        tensor = checkpoint.tensors[name]
+        hasher.update(json.dumps([name, tensor.dtype.name, list(tensor.shape)]).encode())
+    for index in range(min(SAMPLED_TENSORS, len(names))):
+        tensor = checkpoint.tensors[names[index * len(names) // min(SAMPLED_TENSORS, len(names))]]
+        start = tensor.begin + max(tensor.end - tensor.begin - STRETCH, 0) // 2
+        hasher.update(checkpoint.folder.read_range(tensor.file, start, min(start + STRETCH, tensor.end)))
+    return hasher.hexdigest()
+
+
+def of_another(facts: Facts, checkpoint: Checkpoint) -> bool | None:
+    """Whether a model's files say that statistics are of another; None where that cannot be told.
+
+    Files of the same names are held against each other. Under other names the same tensors may lie in them: then some bytes of
+    some tensors are, where the statistics say what these were.
     """
     note, folder = facts.model, checkpoint.folder
     if note.revision and folder.revision and note.revision == folder.revision:
         return False
-    if not note.files or note.files.keys() != checkpoint.files.keys():
-        return False
-    return marks(checkpoint) != note.files
+    if note.files and note.files.keys() == checkpoint.files.keys():
+        return marks(checkpoint) != note.files
+    return sampled(checkpoint) != note.sampled if note.sampled else None

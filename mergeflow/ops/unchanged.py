@@ -14,6 +14,14 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
+def differing() -> RecipeError:
+    """What is said of integer or boolean tensors that are not equal."""
+    return RecipeError(
+        "integer and boolean tensors are never computed on, and the inputs differ here",
+        fix="Choose one by a `select` rule for this tensor, or leave it to one model by `only:` and `others:`.",
+    )
+
+
 class Unchanged(Op):
     """An integer or boolean tensor that all inputs agree on; no recipe can name it.
 
@@ -33,10 +41,7 @@ class Unchanged(Op):
         weights = [tensor for tensor, delta in zip(inputs, self.deltas, strict=True) if not delta]
         deltas = [tensor for tensor, delta in zip(inputs, self.deltas, strict=True) if delta]
         if not all(weights[0].equal(other) for other in weights[1:]) or any(bool(delta.any()) for delta in deltas):
-            raise RecipeError(
-                "integer and boolean tensors are never computed on, and the inputs differ here",
-                fix="Choose one by a `select` rule for this tensor, or leave it to one model by `only:` and `others:`.",
-            )
+            raise differing()
         if not weights:
             return deltas[0]
         return weights[0].new_zeros(weights[0].shape) if self.gives_delta else weights[0]

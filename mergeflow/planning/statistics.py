@@ -93,6 +93,29 @@ class StatisticsTable(Table):
         return Made(Along(rows=turned), (load,), FLOAT32, shape)
 
 
+def check_owner(planner: Planner, name: str, table: StatisticsTable, owner: str, where: str) -> None:
+    """Note an error where statistics are of another model than their owner, and a warning where that cannot be told."""
+    model, told = planner.table(owner), table.facts.model.source
+    other: bool | None = None  # of a node, which has no files yet, only what was collected on it by its name is known
+    if isinstance(model, ModelTable):
+        other = of_another(table.facts, model.checkpoint)
+    elif told == f"node {owner}":
+        other = False
+    if other:
+        planner.findings.add(
+            InputError(
+                f"'{name}' was collected on another model than '{owner}'" + (f": {told}" if told else ""),
+                where=where,
+                fix="Collect statistics of this model, or write `for: names` on the input to use them all the same.",
+            )
+        )
+    elif other is None:
+        planner.findings.warnings[
+            f"{where}: whether '{name}' was collected on '{owner}' cannot be told from its files"
+            + (f"; it names {told}" if told else "")
+        ] = None
+
+
 class StatedTable(NodeTable):
     """A node whose inputs each have statistics beside their model."""
 
@@ -118,17 +141,8 @@ class StatedTable(NodeTable):
                 self.statistics.append(None)
                 continue
             self.statistics.append(table)
-            owner = self.measured_on(node, index)
-            model = planner.table(owner)
-            if isinstance(model, ModelTable) and not one.by_names and of_another(table.facts, model.checkpoint):
-                planner.findings.add(
-                    InputError(
-                        f"'{one.keys[self.key]}' was collected on another model than '{owner}'"
-                        + (f": {table.facts.model.source}" if table.facts.model.source else ""),
-                        where=where,
-                        fix="Collect statistics of this model, or write `for: names` on the input to use them all the same.",
-                    )
-                )
+            if not one.by_names:
+                check_owner(planner, one.keys[self.key], table, self.measured_on(node, index), where)
         super().__init__(planner, node)
         self._lint()
 
@@ -375,6 +389,9 @@ class LotTable(RegmeanTable):
                     )
                 )
             self.gains.append(table if isinstance(table, StatisticsTable) and table.kind == "gram_diag" else None)
+            if name and (given := self.gains[-1]) is not None and not one.by_names:
+                where = planner.recipe.where((*node.path, "inputs", index, "gram_diag"))
+                check_owner(planner, name, given, self.measured_on(node, index), where)
         super().__init__(planner, node)
 
     def _acts(self, place: Place, tensor: StoredTensor) -> bool:
@@ -413,7 +430,15 @@ class LotTable(RegmeanTable):
         return Ready(step, (base, self.make.difference(mean, base)))
 
     def _lint(self) -> None:
-        """The smallest correction is no risk where tokens are few."""
+        """The smallest correction is no risk where tokens are few; mean squares that nothing uses are said."""
+        gains = (name for name, tensor in self.tensors.items() if len(tensor.shape) == 1)
+        used = any(
+            all(one is not None and one.has(self.stored(i, name)) for i, one in enumerate(self.gains)) for name in gains
+        )
+        if any(self.gains) and not used:
+            self._warn(
+                "`gram_diag` of its inputs holds mean squares of no gain that all of them have: it changes nothing"
+            )
 
 
 class FisherTable(StatedTable):

@@ -73,11 +73,13 @@ def stopped() -> Interrupted:
 
 @dataclass(frozen=True)
 class Predicted:
-    """What a stage would write: `tensors` by name, the group that each weight reads, and why others have none."""
+    """What a stage would write: `tensors` by name, the group that each weight reads, why others have none, and which weights are
+    stored (in, out)."""
 
     tensors: Mapping[str, Shape]
     groups: Mapping[str, str]
     skipped: Mapping[str, str]
+    transposed: tuple[str, ...] = ()
 
 
 RUNNERS: Mapping[type[StatisticsOp], str] = {

@@ -765,6 +765,7 @@ def predict(op: StatisticsOp, folder: models.Folder, only: tuple[str, ...] | Non
         dict(sorted(tensors.items())),
         {weight: group.name for group in groups for weight in group.weights},
         skipped(collector.lost, only),
+        tuple(name for name in collector.transposed if any(name in group.weights for group in groups)),
     )
 
 

@@ -234,11 +234,26 @@ def _all_rows(source: DataSource, folder: Path, counts: Counts) -> Iterator[Row]
                 f"has an ending that is not known: '{file.suffix}'", where=str(file), fix="Set `kind:`, or rename it."
             )
         try:
-            yield from _READERS[kind](file, path, counts)
+            yield from (_with_image(row, file) for row in _READERS[kind](file, path, counts))
         except UnicodeDecodeError as error:
             raise InputError(f"is not UTF-8: {error.reason} at byte {error.start}", where=str(file)) from None
         except OSError as error:
             raise InputError(f"cannot be read: {error.strerror or error}", where=str(file)) from None
+
+
+def _with_image(row: Row, file: Path) -> Row:
+    """The same row; an image that it names lies where its name leads from the file that the row is in."""
+    image = row.fields.get("image")
+    return Row(row.where, {**row.fields, "image": file.parent / image}) if isinstance(image, str) else row
+
+
+def images_named(source: DataSource, folder: Path) -> Iterator[Path]:
+    """The files of images that rows name, where the first row names one. Raises as `read_rows` does."""
+    for row in read_rows(source, folder, Counts()):
+        image = row.fields.get("image")
+        if not isinstance(image, Path):
+            return
+        yield image
 
 
 def _named(file: Path, root: Path) -> str:
@@ -402,6 +417,11 @@ def read_examples(
     if not found:
         raise _unusable(source, counts)
     texts = encode if isinstance(encode, _Text) else None
+    if texts is not None:
+        try:
+            models.check_ids(max(max(one.ids, default=0) for one in found), folder.number("vocab_size"))
+        except InputError as error:
+            raise error.placed(str(folder.path)) from None
     return Examples(tuple(found), counts, folder.task, texts.pad if texts else 0, texts.start if texts else 0)
 
 
@@ -759,6 +779,9 @@ class _Text(_Encoder):
             full = self.tokenizer(words, is_split_into_words=True, truncation=False)["input_ids"]
             self.counts.cut += len(full) > self.longest
             found = self.tokenizer(words, is_split_into_words=True, truncation=True, max_length=self.longest)
+        if not found["input_ids"]:
+            self.lacks(row, "has no token")
+            return None
         if labels is None:
             return Example(row.where, tuple(found["input_ids"]))
         target, before = [], None

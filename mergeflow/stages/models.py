@@ -64,12 +64,20 @@ class Folder:
             return "features"
         if "ForImageClassification" in name or self.image_size is not None:
             return "images"
-        if self.config.get("is_encoder_decoder") and "ForSequenceClassification" not in name:
+        if self._two_sided and "ForSequenceClassification" not in name:
             return "seq2seq"
         for part, task in _TASKS.items():
             if part in name:
                 return task
         return "encoder"
+
+    @property
+    def _two_sided(self) -> bool:
+        """Whether a decoder reads what an encoder gives; where config.json does not say, as its class has it."""
+        given = self.config.get("is_encoder_decoder")
+        if given is None and "ForConditionalGeneration" in self.architecture:
+            given = config_of(self).is_encoder_decoder
+        return bool(given)
 
     @property
     def image_size(self) -> Any:
@@ -125,12 +133,24 @@ class Folder:
 _TASKS: dict[str, Task] = {
     "ForSequenceClassification": "classifier",
     "ForTokenClassification": "tokens",
-    "ForConditionalGeneration": "seq2seq",
+    "ForConditionalGeneration": "causal",  # of texts and images, since there is no encoder apart
     "ForCausalLM": "causal",
     "LMHeadModel": "causal",
 }
-_OFFSET = ("roberta", "xlm-roberta", "camembert", "longformer", "xlm-roberta-xl", "data2vec-text", "mpnet", "xmod")
+_OFFSET = (
+    "roberta", "roberta-prelayernorm", "xlm-roberta", "xlm-roberta-xl", "camembert", "longformer", "data2vec-text", "mpnet", "xmod",
+    "ibert", "esm", "luke", "markuplm",
+)  # fmt: skip
 """Model types whose first position is that after the padding token's id, so that two positions are never used."""
+
+
+def check_ids(highest: int, rows: int) -> None:
+    """Raises InputError where a model of so many embeddings (0: not known) lacks ids that its tokenizer gives."""
+    if 0 < rows <= highest:
+        raise InputError(
+            f"its tokenizer gives the id {highest}, and the model knows {rows}",
+            fix="Use the tokenizer that the model was trained with.",
+        )
 
 
 def open_folder(path: Path, checkpoint: Checkpoint | None = None) -> Folder:
@@ -254,7 +274,8 @@ def empty_model(folder: Folder, *, buffers: bool = False) -> nn.Module:
 def load_model(folder: Folder, device: str = "cpu") -> nn.Module:
     """The model with its weights, in eval mode and without gradients.
 
-    Raises InputError where the checkpoint lacks weights that the class has (a pooler apart, which many lack and few use).
+    Raises InputError where the checkpoint lacks weights that the class has (the pooler of one without a head apart, which
+    many lack and few use).
     """
     import torch
 
@@ -279,7 +300,9 @@ def load_model(folder: Folder, device: str = "cpu") -> nn.Module:
         raise InputError(
             f"transformers cannot load it as {folder.architecture}: {_first_line(error)}", where=str(folder.path)
         ) from error
-    lacks = sorted(name for name in info["missing_keys"] if "pooler." not in name)
+    # What a pooler gives goes into the head of a class that has one, and out of one that has none.
+    bare = folder.architecture.endswith("Model")
+    lacks = sorted(name for name in info["missing_keys"] if not (bare and "pooler." in name))
     if lacks:
         raise InputError(
             f"lacks {len(lacks)} weights that {folder.architecture} has: {', '.join(lacks[:3])}",

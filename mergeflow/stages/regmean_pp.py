@@ -33,6 +33,7 @@ from mergeflow.errors import MachineError, RecipeError
 from mergeflow.hub import SMALL_FILE
 from mergeflow.ops.base import numbers
 from mergeflow.ops.regmean_pp import RegMeanPP
+from mergeflow.ops.unchanged import differing
 from mergeflow.settings import places
 from mergeflow.stages import Write, collecting, data, models, naming, stopped, walking
 
@@ -369,11 +370,13 @@ class _Merging:
         return stored.to(models.compute_dtype(side.folder)) if stored.is_floating_point() else stored
 
     def mean(self, name: str) -> Tensor:
-        """The weighted mean of a tensor; of integers the first model's."""
+        """The weighted mean of a tensor. Raises RecipeError for integers and booleans that are not equal."""
         import torch
 
         first = self.read(self.sides[0], name)
         if not first.is_floating_point():
+            if not all(first.equal(self.read(side, name)) for side in self.sides[1:]):
+                raise differing().placed(name)
             return first
         total = torch.zeros(first.shape, dtype=torch.float64)
         weights = numbers(self.at[name].weight)

@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mergeflow.errors import InputError, NumericError
-from mergeflow.stages import scratch
+from mergeflow.stages import models, scratch
 from mergeflow.stages.collecting import MOST_DROPPED
 from mergeflow.stages.fuse.shards import Shards
 from mergeflow.stages.fuse.tokenising import Integers, Tokenised, read_tensors
@@ -178,7 +178,7 @@ def capture(
     """
     import torch
 
-    check_ids(tokenised, len(model.get_input_embeddings().weight))  # type: ignore[operator]
+    models.check_ids(int(tokenised.ids.max(initial=0)), len(model.get_input_embeddings().weight))  # type: ignore[operator]
     head: Any = getattr(model, "get_output_embeddings", lambda: None)()
     vocab = vocab if head is None else min(vocab, len(head.weight))  # a tokenizer may have ids that no logit is of
     keep = _Keep(vocab, min(top_k, vocab), min_mass, dtype)
@@ -269,16 +269,6 @@ def _said(
     none = _kept(torch.zeros(0, keep.vocab), torch.zeros(0, dtype=torch.int64), keep)
     made = [found[number] for number in documents if number in found] or [none]
     return {key: torch.cat([one[key] for one in made]) for key in none}
-
-
-def check_ids(tokenised: Tokenised, rows: int) -> None:
-    """Raises InputError where a model with so many rows of embeddings lacks ids that the tokenizer gives."""
-    highest = int(tokenised.ids.max(initial=0))
-    if highest >= rows:
-        raise InputError(
-            f"its tokenizer gives the id {highest}, and the model knows {rows}",
-            fix="Use the tokenizer that the model was trained with.",
-        )
 
 
 def _kept(logits: Tensor, following: Tensor, keep: _Keep) -> dict[str, Tensor]:

@@ -504,11 +504,10 @@ def lessons(job: FuseJob, target: models.Folder, sources: Sequence[models.Folder
     if op.pack:
         kept.check_packing()
     tokens = kept.tokens(job.target)
-    if rows := target.number("vocab_size"):
-        try:
-            capturing.check_ids(tokens, rows)
-        except InputError as error:
-            raise error.placed(str(target.path)) from None
+    try:
+        models.check_ids(int(tokens.ids.max(initial=0)), target.number("vocab_size"))
+    except InputError as error:
+        raise error.placed(str(target.path)) from None
     teachers = job.teachers if op.teaches else ()
     found = [kept.source(*one) for one in teachers]
     reader, longest = kept.readers[job.target], kept.longest[job.target]
