@@ -1066,3 +1066,22 @@ def test_a_model_that_continues_texts_beside_images_has_no_encoder_apart(tmp_pat
 def test_ids_that_a_model_has_no_row_for_are_told(tmp_path: Path) -> None:
     folder = saved(tmp_path / "llama", "llama", llama(vocab_size=20))
     refused(InputError, "its tokenizer gives the id 44, and the model knows 20", exact(), folder, TEXT_ROWS, tmp_path)
+
+
+def test_a_model_that_is_padded_on_the_left_is_not_padded_on_the_right(tmp_path: Path) -> None:
+    """Its layers see (tokens, examples, channels): with as many of both, padding would be taken for tokens."""
+    sizes = {
+        "vocab_size": 64,
+        "d_model": 16,
+        "n_layer": 2,
+        "n_head": 4,
+        "d_inner": 24,
+        "num_labels": 3,
+        "pad_token_id": 0,
+    }
+    model = transformers.XLNetForSequenceClassification(transformers.XLNetConfig(**sizes))
+    folder = saved(tmp_path / "xlnet", "xlnet", model)
+    rows = [{"text": text} for text in ("w4 w5 w6", "w7 w8", "w9")]
+    for size in (2, 3):
+        refused(InputError, "Set `batch_size: 1`", Gram(codec="float32", batch_size=size), folder, rows, tmp_path)
+    assert collected(Gram(codec="float32", batch_size=1), folder, rows, tmp_path).facts.n_examples == 3

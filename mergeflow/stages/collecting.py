@@ -254,7 +254,7 @@ class Collector:
 
         with self._hooked(look):
             for batch in batches:
-                sight[:] = [_Sight(batch)]
+                sight[:] = [_Sight(batch, self.model)]
                 run(batch)
         return found
 
@@ -376,11 +376,17 @@ def _unfolded(module: nn.Conv2d, x: Tensor) -> Tensor:
     return patches.transpose(1, 2).reshape(-1, patches.shape[1])
 
 
+PADDED_LEFT = ("xlnet",)
+"""Model types that take padding on the left alone, since they answer at the last token; their layers see (tokens, examples, channels),
+which are (examples, tokens, channels) to look at where there are as many of both."""
+
+
 class _Sight:
     """Which rows of an input count, in one batch."""
 
-    def __init__(self, batch: Batch) -> None:
+    def __init__(self, batch: Batch, model: nn.Module) -> None:
         self.number = batch.number
+        self.padded_left = getattr(getattr(model, "config", None), "model_type", None) in PADDED_LEFT
         self.masks = [mask for mask in (batch.mask, batch.decoder_mask) if mask is not None]
         self.padded = any(not bool(mask.all()) for mask in self.masks)
 
@@ -389,6 +395,8 @@ class _Sight:
         flat = x.reshape(-1, x.shape[-1])
         if not self.padded:
             return flat
+        if self.padded_left:
+            return self._unknown(x, name)
         if tokens is not None:
             return flat[self.masks[0].reshape(-1)[tokens]] if len(self.masks) == 1 else self._unknown(x, name)
         lead = x.shape[:-1]
