@@ -274,7 +274,7 @@ def _texts(
         windows += windows_of(where, ids, start, texts.longest)
     if not tokens:
         raise InputError("has texts without tokens alone", where=label)
-    models.check_ids(highest, folder.number("vocab_size"))
+    models.check_ids(highest, folder.number("vocab_size"), str(folder.path))
     vocabulary = _vocabulary(net, folder)
     # Where nothing can stand before a first token, it is charged as one of the vocabulary's, all equally likely.
     nats = [unpredicted * math.log(vocabulary)]

@@ -317,7 +317,6 @@ def _keep_freed_memory() -> None:
         _libc.mallopt(_M_TRIM_THRESHOLD, 2**28)
 
 
-_here = ctypes.PyDLL(None)  # for calls that are over at once: the interpreter's lock is kept
 _SLIVERS = tuple(size for size in range(24, 105, 16) for _ in range(7))
 """What fits the smallest pieces of memory, as many of each as the C library lays aside for a thread."""
 _TOO_LARGE = 2048
@@ -334,6 +333,7 @@ def _splits_blocks() -> bool:
 
 
 if _splits_blocks():
+    _here = ctypes.PyDLL(None)  # for calls that are over at once: the interpreter's lock is kept
     _here.malloc.argtypes, _here.malloc.restype = [ctypes.c_size_t], ctypes.c_size_t
     _here.realloc.argtypes, _here.realloc.restype = [ctypes.c_size_t, ctypes.c_size_t], ctypes.c_size_t
     _here.free.argtypes, _here.free.restype = [ctypes.c_size_t], None
@@ -1113,7 +1113,7 @@ class _Engine:
         return values
 
     def _results(self, run: _Run, program: _Program, start: int, stop: int, *, sample: bool) -> list[Tensor]:
-        """What a measure's program makes of a block, or of a sample of it."""
+        """What a measure's program makes of a block, or of a sample of it; its other values end with the call."""
         values = self._values(run, program, start, stop, sample=sample)
         return [values[result] for result in program.results]
 

@@ -6,7 +6,6 @@ here about numbers or bytes: a step is called, its result handed to the next.
 
 from __future__ import annotations
 
-import gc
 import json
 import os
 import signal
@@ -35,6 +34,7 @@ from mergeflow.errors import (
     RecipeError,
     raise_all,
 )
+from mergeflow.garbage import no_collection
 from mergeflow.graph import Plan, PlannedStage, SideFile
 from mergeflow.hub import is_local, locate
 from mergeflow.manifest import FORMAT, MANIFEST, check_folder, encode_manifest, file_facts, shard_facts, software
@@ -81,19 +81,7 @@ class Result:
     """Of each stage its node, the key of its artifact, and whether that was in the cache before."""
 
 
-@contextmanager
-def _no_collection() -> Iterator[None]:
-    """No garbage collection: a plan is a million objects that all live on, and each round would look at every one again."""
-    was = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was:
-            gc.enable()
-
-
-@_no_collection()
+@no_collection()
 def open_models(recipe: Recipe, allow_pickle: bool = False) -> dict[str, Checkpoint]:
     """The headers of every model the recipe's outputs ask for. Raises all that fail, together."""
     models: dict[str, Checkpoint] = {}
@@ -117,7 +105,7 @@ def open_models(recipe: Recipe, allow_pickle: bool = False) -> dict[str, Checkpo
     return models
 
 
-@_no_collection()
+@no_collection()
 def plan(recipe: Recipe, *, out: str | Path | None = None, device: str = "cpu", allow_pickle: bool = False) -> Plan:
     """Everything headers can tell about a run of the recipe; no weight is read.
 

@@ -385,8 +385,9 @@ def _data_identity(recipe: Recipe, name: str, data: DataSource) -> Any:
         for file in files:
             digest.update(os.fsencode(file.relative_to(path) if path.is_dir() else file.name) + b"\0")
             digest.update(blake3(max_threads=blake3.AUTO).update_mmap(file).digest())
+        counted = set(files)
         for file in images_named(data, recipe.folder):
-            if file.is_file() and file not in files:  # the row of one that is not there is left out and counted
+            if file.is_file() and file not in counted:  # the row of one that is not there is left out and counted
                 digest.update(blake3().update_mmap(file).digest())
     except (OSError, ValueError) as error:  # a path with a NUL is none
         fix, why = "Paths of data are relative to the recipe.", getattr(error, "strerror", None) or error

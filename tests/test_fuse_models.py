@@ -17,7 +17,7 @@ from test_fuse_alignment import TEXTS, TRAINED_ON, tokenizer
 from test_fuse_language import gpt
 from test_stages import mlp, weights, write_recipe
 from tokenizers import normalizers
-from toys import call
+from toys import Called, call
 
 from mergeflow import pipeline
 from mergeflow.errors import InputError, MergeflowError, NumericError, RecipeError
@@ -66,6 +66,14 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def fuse(here: Path, out: str = "out", **changed: Any) -> pipeline.Result:
     return run(here, out, node=FUSED, corpora={"texts": {"path": "./texts.jsonl"}}, **changed)
+
+
+def called(here: Path, command: str, *words: str, **changed: Any) -> Called:
+    """A command over the recipe of the fuse, with some of its keys changed."""
+    models = {name: f"./{name}" for name in KINDS}
+    data = {"texts": {"path": "./texts.jsonl"}}
+    path = write_recipe(here, {"fused": {**FUSED, **changed}}, models=models, data=data, output={"node": "fused"})
+    return call(command, str(path), *words)
 
 
 def steps(result: pipeline.Result) -> list[dict[str, float]]:
@@ -342,10 +350,7 @@ def test_documents_for_which_a_source_gives_nan_are_left_out_and_told(
     (here / "texts.jsonl").write_text("\n".join(lines))
     # Each alone: what is masked is not seen, but NaN times 0 is NaN.
     settings = {"sources": ["a", {"model": "b", "batch_tokens": 1}], "train": ONE_STEP}
-    models = {name: f"./{name}" for name in KINDS}
-    data = {"texts": {"path": "./texts.jsonl"}}
-    write_recipe(here, {"fused": {**FUSED, **settings}}, models=models, data=data, output={"node": "fused"})
-    done = call("run", "recipe.yaml", "-o", "out")
+    done = called(here, "run", "-o", "out", **settings)
     assert done.code == 0 and "documents with NaN or Inf, left out: 1" in done.err, done.err
     left = steps(fuse(here, "again", **settings))
     (here / "texts.jsonl").write_text("\n".join(lines[:-1]))
@@ -444,10 +449,7 @@ def test_packed_rows_hide_the_other_documents_in_every_class(here: Path, way: st
 def test_a_class_that_cannot_be_told_places_is_refused_by_a_plan(here: Path) -> None:
     config = transformers.BloomConfig(vocab_size=300, hidden_size=32, n_layer=1, n_head=2)
     other_target(here / "start", transformers.BloomForCausalLM(config))
-    models = {name: f"./{name}" for name in KINDS}
-    data = {"texts": {"path": "./texts.jsonl"}}
-    write_recipe(here, {"fused": FUSED}, models=models, data=data, output={"node": "fused"})
-    done = call("plan", "recipe.yaml")
+    done = called(here, "plan")
     assert done.code == 2 and "BloomForCausalLM cannot be told which tokens stand where" in done.err, done.err
     assert "Write `pack: false`." in done.err
 

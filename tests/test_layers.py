@@ -20,7 +20,7 @@ FLOORS: dict[int, str] = {
     3: "recipe graph layout manifest",
     2: "ops checkpoint document cache",
     1: "settings hub digests",
-    0: "errors dtypes",
+    0: "errors dtypes garbage",
 }
 FLOOR = {module: floor for floor, modules in FLOORS.items() for module in modules.split()}
 

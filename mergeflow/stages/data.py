@@ -418,10 +418,8 @@ def read_examples(
         raise _unusable(source, counts)
     texts = encode if isinstance(encode, _Text) else None
     if texts is not None:
-        try:
-            models.check_ids(max(max(one.ids, default=0) for one in found), folder.number("vocab_size"))
-        except InputError as error:
-            raise error.placed(str(folder.path)) from None
+        highest = max(max(one.ids, default=0) for one in found)
+        models.check_ids(highest, folder.number("vocab_size"), str(folder.path))
     return Examples(tuple(found), counts, folder.task, texts.pad if texts else 0, texts.start if texts else 0)
 
 

@@ -144,11 +144,12 @@ _OFFSET = (
 """Model types whose first position is that after the padding token's id, so that two positions are never used."""
 
 
-def check_ids(highest: int, rows: int) -> None:
+def check_ids(highest: int, rows: int, where: str = "") -> None:
     """Raises InputError where a model of so many embeddings (0: not known) lacks ids that its tokenizer gives."""
     if 0 < rows <= highest:
         raise InputError(
             f"its tokenizer gives the id {highest}, and the model knows {rows}",
+            where=where,
             fix="Use the tokenizer that the model was trained with.",
         )
 

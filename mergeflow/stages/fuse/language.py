@@ -335,11 +335,13 @@ class Texts(Lessons):
 
     def _taught(self, rows: Sequence[Row]) -> float:
         """Over how much the fusion loss of some rows is a mean."""
-        documents, shares = [one for row in rows for one in row], self._weights(rows)
-        if self.op.loss.kind == "alm":
-            return float((self.stretches[:, documents] * np.stack(shares, axis=1)).sum())
-        if self.op.align.unmatched == "gold":
+        documents = [one for row in rows for one in row]
+        stretches = self.op.loss.kind == "alm"
+        if not stretches and self.op.align.unmatched == "gold":
             return float((self.sizes[documents] - 1).sum())
+        shares = self._weights(rows)
+        if stretches:
+            return float((self.stretches[:, documents] * np.stack(shares, axis=1)).sum())
         total = 0
         for one, own in zip(documents, shares, strict=True):
             last = self.target.offsets[one + 1] - 1  # of the last token nothing follows
@@ -504,10 +506,7 @@ def lessons(job: FuseJob, target: models.Folder, sources: Sequence[models.Folder
     if op.pack:
         kept.check_packing()
     tokens = kept.tokens(job.target)
-    try:
-        models.check_ids(int(tokens.ids.max(initial=0)), target.number("vocab_size"))
-    except InputError as error:
-        raise error.placed(str(target.path)) from None
+    models.check_ids(int(tokens.ids.max(initial=0)), target.number("vocab_size"), str(target.path))
     teachers = job.teachers if op.teaches else ()
     found = [kept.source(*one) for one in teachers]
     reader, longest = kept.readers[job.target], kept.longest[job.target]
